@@ -1,0 +1,42 @@
+# What a fresh clone needs: Python 3.11 or newer, and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench docs gallery clean
+
+demo: $(VENV)/.core ## install, run the main job on embedded real images, say where the report is
+	$(BIN)/assay run natural-compression --set data=mnist5k --no-resume --output runs/demo
+
+test: $(VENV)/.test ## the whole test suite, what CI runs
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: $(VENV)/.lint ## style, import rules, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+bench: $(VENV)/.test ## time Assay against its peers
+	$(BIN)/assay bench
+
+docs: $(VENV)/.docs ## build the site into site/
+	$(BIN)/mkdocs build --strict
+
+gallery: $(VENV)/.core ## static site over results/ and runs/
+	$(BIN)/assay gallery
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.core
+	$(PIP) -e '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) site runs .pytest_cache .ruff_cache .import_linter_cache

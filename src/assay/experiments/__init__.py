@@ -1,0 +1,1 @@
+"""The evidence: one module a paper, named by its slug."""

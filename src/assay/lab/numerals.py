@@ -1,0 +1,166 @@
+"""How measured figures are written for a reader: as many digits as they mean, and no more."""
+
+import math
+
+from assay.lab.paper import Expectation
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_MINUS = "\N{MINUS SIGN}"
+_GROUP = "\N{NARROW NO-BREAK SPACE}"
+_MAX_DIGITS = 17  # what tells any two doubles apart
+_PLAIN_FROM, _PLAIN_BELOW = -4, 6  # powers of ten between which no exponent is written
+
+
+def number(value: float | int, digits: int = 4) -> str:
+    """A number with at most `digits` significant digits; digits before the point are kept.
+
+    Args:
+        value: any number, also infinite or NaN.
+        digits: significant digits.
+
+    Example:
+        >>> number(0.123456), number(1234567), number(3.2e-9), number(float("inf"))
+        ('0.1235', '1 234 567', '3.2×10⁻⁹', '∞')
+    """
+    if isinstance(value, int):
+        return _signed(f"{value:,}".replace(",", _GROUP) if abs(value) >= 10_000 else f"{value}")
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("∞" if value > 0 else f"{_MINUS}∞")
+    exponent = _exponent(float(f"{value:.{digits - 1}e}"))
+    shift = _shift(exponent)
+    decimals = max(0, digits - 1 - exponent + shift)
+    text = f"{_scale(value, shift):.{decimals}f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    if text in ("1", "-1") and shift:
+        return _signed(text[:-1] + _power(shift)[1:])
+    return _signed("0" if text == "-0" else text) + _power(shift)
+
+
+def estimate_and_interval(
+    estimate: float, interval: tuple[float, float], expect: Expectation | None = None
+) -> tuple[str, str, str]:
+    """An estimate with its confidence interval, all to the interval's second digit.
+
+    More digits are written where fewer would put a figure on the wrong side of its bound.
+
+    Args:
+        estimate: the figure.
+        interval: its two ends.
+        expect: the bound they are compared with.
+
+    Returns:
+        The estimate, the lower and the upper end as text.
+
+    Example:
+        >>> estimate_and_interval(0.0021234, (-0.00123, 0.00543))
+        ('0.0021', '−0.0012', '0.0054')
+    """
+    values = (estimate, *interval)
+    half = (interval[1] - interval[0]) / 2
+    if not all(map(math.isfinite, values)) or half <= 0:
+        low, middle, high = (
+            number_beside(v, expect, 6) for v in (interval[0], estimate, interval[1])
+        )
+        return middle, low, high
+    shift = _shift(_exponent(max(values, key=abs)))
+    decimals = max(0, 1 - _exponent(half) + shift)
+    while decimals < _MAX_DIGITS and not all(
+        _same_side(v, f"{_scale(v, shift):.{decimals}f}e{shift}", expect) for v in values
+    ):
+        decimals += 1
+    middle, low, high = (
+        _signed(f"{_scale(v, shift):.{decimals}f}") + _power(shift) for v in values
+    )
+    return middle, low, high
+
+
+def number_beside(value: float, expect: Expectation | None, digits: int = 4) -> str:
+    """A number with enough digits to see on which side of its bound it lies.
+
+    Args:
+        value: the number.
+        expect: the bound, or None.
+        digits: significant digits to begin with.
+
+    Example:
+        >>> from assay.lab import at_most
+        >>> number_beside(1.12500001, at_most(1.125)), number_beside(1.1234567, at_most(2))
+        ('1.12500001', '1.123')
+    """
+    while digits < _MAX_DIGITS and not _same_side(value, f"{value:.{digits}g}", expect):
+        digits += 1
+    return number(value, digits)
+
+
+def bound_text(expect: Expectation | None) -> str:
+    """A claim's bound: `≤ a`, `≥ a`, `a ± b` for a narrow interval, `a to b`; `""` for none.
+
+    Args:
+        expect: the bound, or None.
+
+    Example:
+        >>> from assay.lab import at_least, between, close_to
+        >>> [bound_text(e) for e in (at_least(0.9), between(-0.01, 0.02), close_to(1.125, tol=1e-9))]
+        ['≥ 0.9', '−0.01 to 0.02', '1.125 ± 10⁻⁹']
+    """
+    if expect is None:
+        return ""
+    if expect.low == -math.inf:
+        return f"≤ {number(expect.high, 12)}"
+    if expect.high == math.inf:
+        return f"≥ {number(expect.low, 12)}"
+    centre, half = (expect.low + expect.high) / 2, (expect.high - expect.low) / 2
+    if half == 0:
+        return f"= {number(centre, 12)}"
+    if half < 0.1 * abs(centre):
+        return f"{number(centre, 9)} ± {number(half, 3)}"
+    return f"{number(expect.low, 12)} to {number(expect.high, 12)}"
+
+
+def duration(seconds: float | int) -> str:
+    """A time span as a reader says it.
+
+    Args:
+        seconds: not negative.
+
+    Example:
+        >>> duration(4.23), duration(192), duration(7322)
+        ('4.2 s', '3 min 12 s', '2 h 2 min')
+    """
+    if seconds < 60:
+        return f"{number(float(seconds), 2)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(abs(value))) if value else 0
+
+
+def _shift(exponent: int) -> int:
+    """The power of ten to take out of a number of this order of magnitude."""
+    return 0 if _PLAIN_FROM <= exponent < _PLAIN_BELOW else exponent
+
+
+def _scale(value: float, shift: int) -> float:
+    # In two steps, as 10**324 overflows though the smallest double times it does not.
+    return value / 10.0**shift if shift > -300 else value * 1e300 / 10.0 ** (shift + 300)
+
+
+def _power(shift: int) -> str:
+    return f"×10{str(shift).translate(_SUPERSCRIPTS)}" if shift else ""
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", _MINUS)
+
+
+def _same_side(value: float, text: str, expect: Expectation | None) -> bool:
+    return (
+        expect is None
+        or not math.isfinite(value)
+        or expect.contains(float(text)) == expect.contains(value)
+    )

@@ -1,0 +1,22 @@
+"""Standard networks that experiments share, each written once."""
+
+from assay.models.deepobs import AllCNNC, ThreeConvThreeDense
+from assay.models.lenet import LeNet5
+from assay.models.mlp import MLP
+from assay.models.registry import build, names
+from assay.models.resnet import CifarResNet, PreResNet, ResNet20, WideResNet
+from assay.models.vgg import VGGSmall
+
+__all__ = [
+    "MLP",
+    "LeNet5",
+    "ThreeConvThreeDense",
+    "AllCNNC",
+    "CifarResNet",
+    "ResNet20",
+    "PreResNet",
+    "WideResNet",
+    "VGGSmall",
+    "build",
+    "names",
+]
