@@ -81,7 +81,7 @@ def test_it_pickles_and_works_inside_batches():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="padding .* -1"):
+    with pytest.raises(ValueError, match=r"padding .* -1"):
         random_crop_flip(-1)
     with pytest.raises(ValueError, match=r"\(N, C, H, W\), got \(3, 8, 8\)"):
         random_crop_flip()(torch.zeros(3, 8, 8), seeded())

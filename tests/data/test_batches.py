@@ -107,16 +107,14 @@ def test_non_contiguous_inputs_and_other_targets():
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "message"),
+    ("make", "message"),
     [
-        (lambda: Batches(torch.zeros(3, 2), torch.zeros(4), 2), ValueError, r"\(3, 2\) and \(4,\)"),
-        (lambda: Batches(torch.zeros(3, 2), torch.tensor(1.0), 2), ValueError, "first dimension"),
-        (lambda: Batches(*data(3), 0), ValueError, "batch_size .* 0"),
-        (lambda: Batches(*data(3), True), ValueError, "batch_size .* True"),
-        (lambda: Batches(*data(3), 2.5), TypeError, "batch_size .* 2.5"),
-        (lambda: Batches(*data(3), 2, transform="flip"), TypeError, "transform .*'flip'"),
+        (lambda: Batches(torch.zeros(3, 2), torch.zeros(4), 2), r"\(3, 2\) and \(4,\)"),
+        (lambda: Batches(torch.zeros(3, 2), torch.tensor(1.0), 2), "first dimension"),
+        (lambda: Batches(*data(3), 0), "batch_size .* 0"),
+        (lambda: Batches(*data(3), True), "batch_size .* True"),
     ],
 )
-def test_bad_arguments_are_named(make, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
         make()

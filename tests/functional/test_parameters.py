@@ -118,9 +118,9 @@ def test_wrong_tensors_are_named():
         layout.flatten({"weight": weight})
     with pytest.raises(ValueError, match=r"'weight' has shape \(3, 2\), expected \(2, 3\)"):
         layout.flatten({"weight": weight.T, "bias": bias})
-    with pytest.raises(ValueError, match="'bias' has dtype torch.float64"):
+    with pytest.raises(ValueError, match=r"'bias' has dtype torch.float64"):
         layout.flatten({"weight": weight, "bias": bias.double()})
-    with pytest.raises(ValueError, match="'bias' has dtype torch.int64"):
+    with pytest.raises(ValueError, match=r"'bias' has dtype torch.int64"):
         layout.flatten({"weight": weight, "bias": bias.long()})
     with pytest.raises(ValueError, match="9 entries, expected 8"):
         layout.unflatten(torch.zeros(9))

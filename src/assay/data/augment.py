@@ -14,7 +14,7 @@ def random_crop_flip(padding: int = 4, flip: bool = True) -> Transform:
     """Shift each image by up to `padding` pixels and mirror it half of the time.
 
     The standard augmentation for CIFAR: pad with zeros, crop a window of the old size at a
-    random place, flip left-right with probability one half. The whole batch is one gather.
+    random place, flip left-right with probability one half. The whole batch is gathered at once.
 
     Args:
         padding: Zeros added on each side, in pixels; shifts are from -padding to +padding.
@@ -49,19 +49,17 @@ def _crop_flip(
 ) -> Num[Tensor, "n c h w"]:
     if x.ndim != 4:
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
-    n, c, height, width = x.shape
+    n, _, height, width = x.shape
 
     def draw(values: int) -> Tensor:
         device = generator.device
-        return torch.randint(values, (n, 1), generator=generator, device=device).to(x.device)
+        return torch.randint(values, (n,), generator=generator, device=device).to(x.device)
 
-    rows = draw(2 * padding + 1) + torch.arange(height, device=x.device)
-    left = draw(2 * padding + 1)
-    columns = torch.arange(width, device=x.device).expand(n, width)
-    if flip:
-        columns = torch.where(draw(2).bool(), width - 1 - columns, columns)
-    columns = columns + left
-    padded = F.pad(x, (padding, padding, padding, padding)).flatten(2)
-    index = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
-    index = index.view(n, 1, height * width).expand(n, c, height * width)
-    return padded.gather(2, index).view(n, c, height, width)
+    top, left = draw(2 * padding + 1), draw(2 * padding + 1)
+    padded = F.pad(x, (padding, padding, padding, padding))
+    # (N, C, 2 padding + 1, 2 padding + 1, H, W): every crop, as a view.
+    crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+    out = crops[torch.arange(n, device=x.device), :, top, left]
+    if not flip:
+        return out
+    return torch.where(draw(2).bool().view(n, 1, 1, 1), out.flip(-1), out)

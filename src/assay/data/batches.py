@@ -32,7 +32,6 @@ class Batches:
     Raises:
         ValueError: If `x` and `y` differ in length, `batch_size` is not a positive integer, or
             `drop_last` would leave no batch at all.
-        TypeError: If `transform` cannot be called.
 
     Example:
         >>> import torch
@@ -62,8 +61,6 @@ class Batches:
                 "x and y must hold the same number of examples along their first dimension, "
                 f"got shapes {tuple(x.shape)} and {tuple(y.shape)}"
             )
-        if isinstance(batch_size, float):
-            raise TypeError(f"batch_size must be an integer, got {batch_size}")
         if isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {batch_size}")
         if drop_last and 0 < len(x) < batch_size:
@@ -71,8 +68,6 @@ class Batches:
                 f"drop_last=True leaves no batch: batch_size is {batch_size} "
                 f"and there are only {len(x)} examples"
             )
-        if transform is not None and not callable(transform):
-            raise TypeError(f"transform must be callable as transform(x, generator): {transform!r}")
         if generator is None:
             # As a DataLoader does: reproducible under torch.manual_seed, independent afterwards.
             seed = int(torch.randint(2**62, ()).item())

@@ -212,13 +212,15 @@ def _decoded(name: str, split: str, found: Found) -> tuple[Arrays, str]:
         return cached
     try:
         x, y, note = found.read()
-        arrays = Arrays(np.require(x, requirements="CW"), np.require(y, requirements="CW"), note)
+        # torch takes no array that is read-only, as one over the bytes of a file is.
+        x, y = (np.require(array, requirements=["C", "W"]) for array in (x, y))
+        arrays = Arrays(x, y, note)
         _check(ENTRIES[name], split, arrays)
     except DAMAGED as error:
         files = ", ".join(str(file) for file in found.files)
         raise DataUnavailable(
-            f"{name} cannot be read from {files or found.place}: {error}. "
-            "Delete or replace what is damaged"
+            f"{name} cannot be read from {files or found.place}: {' '.join(str(error).split())}; "
+            "delete or replace what is damaged"
         ) from error
     digest = cache.checksum(arrays)
     cache.write(path, arrays, digest)

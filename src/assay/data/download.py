@@ -36,7 +36,7 @@ def download(remote: Remote, folder: Path, progress: bool = True) -> Path:
             return _fetch(url, target, remote.md5, progress)
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error
-            failures.append(f"{url}: {reason}")
+            failures.append(f"{url}: {' '.join(str(reason).split())}")
     raise DataUnavailable(f"downloading {remote.file} failed ({'; '.join(failures)})")
 
 

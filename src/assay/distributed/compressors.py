@@ -1,14 +1,13 @@
-"""Compressors of gradients: the protocol, natural compression, and how compressors combine.
+"""Compressors of gradients: the protocol, natural compression and the simplest others.
 
 A compressor C is *unbiased with variance ω*, C ∈ B(ω), when E C(x) = x and
-E‖C(x)‖² ≤ (1 + ω)‖x‖² for every x. Two of them composed are in B(ω₁ω₂ + ω₁ + ω₂).
+E‖C(x)‖² ≤ (1 + ω)‖x‖² for every x.
 """
 
 import math
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Shaped
 from torch import Generator, Tensor
 
 from assay.distributed.payload import Payload
@@ -19,9 +18,8 @@ __all__ = [
     "Identity",
     "NaturalCompressor",
     "StochasticIntegerRounding",
-    "Compose",
-    "ErrorFeedback",
     "natural_round",
+    "BaseCompressor",
     "draw_seed",
     "check_floating",
 ]
@@ -58,8 +56,8 @@ class Compressor(Protocol):
         ...
 
 
-class _Compressor:
-    """Real bytes are the bits counted, whatever the compressor."""
+class BaseCompressor:
+    """What most compressors share: no bias, and payloads of real bytes that are simply counted."""
 
     unbiased = True
 
@@ -78,7 +76,7 @@ def check_floating(x: Tensor, name: str = "x") -> None:
         )
 
 
-def draw_seed(generator: Generator | None = None) -> Shaped[Tensor, ""]:
+def draw_seed(generator: Generator | None = None) -> Tensor:
     """Draw the 63 random bits that one compression uses.
 
     Args:
@@ -94,29 +92,9 @@ def draw_seed(generator: Generator | None = None) -> Shaped[Tensor, ""]:
 # ----------------------------------------------------------------------------- natural compression
 
 
-class _NaturalRound(torch.autograd.Function):
-    """Straight through backwards: E natural_round(x) = x has the identity as its derivative."""
-
-    @staticmethod
-    def forward(x: Tensor, seed: Tensor) -> Tensor:
-        return natural.natural_round(x, seed)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-    @staticmethod
-    def vmap(info, in_dims, x: Tensor, seed: Tensor) -> tuple[Tensor, int]:
-        return _NaturalRound.apply(x, seed), in_dims[0]
-
-
 def natural_round(
     x: Tensor, generator: Generator | None = None, out: Tensor | None = None
-) -> Shaped[Tensor, "..."]:
+) -> Tensor:
     r"""Round every entry to one of the two powers of two around it, stochastically.
 
     With lo = 2^⌊log₂|t|⌋ and hi = 2 lo, an entry t ≠ 0 becomes
@@ -153,11 +131,11 @@ def natural_round(
     check_floating(x)
     seed = draw_seed(generator).to(x.device)
     if out is None:
-        return _NaturalRound.apply(x, seed)
+        return natural.natural_round(x, seed)
     return out.copy_(natural.natural_round(x.detach(), seed))
 
 
-class NaturalCompressor(_Compressor):
+class NaturalCompressor(BaseCompressor):
     """Natural compression C_nat: only sign and exponent travel, 9 bits a float32.
 
     Rounds as `natural_round` and packs in the same pass: one byte for the exponent, one bit for
@@ -207,7 +185,7 @@ class NaturalCompressor(_Compressor):
 # -------------------------------------------------------------------------------- the simplest ones
 
 
-class Identity(_Compressor):
+class Identity(BaseCompressor):
     """Sends the tensor as it is: ω = 0.
 
     Example:
@@ -234,7 +212,7 @@ class Identity(_Compressor):
         return 0.0
 
 
-class StochasticIntegerRounding(_Compressor):
+class StochasticIntegerRounding(BaseCompressor):
     """Rounds to one of the two integers around each entry, unbiased.
 
     The counter-example of the paper: it is in no B(ω), since E C(t)² / t² = 1 / t for 0 < t < 1
@@ -263,7 +241,7 @@ class StochasticIntegerRounding(_Compressor):
         uniform = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
         lower = x.double().floor()
         integers = lower + (uniform < x.double() - lower)
-        return Payload((integers.to(torch.int32).view(-1),), tuple(x.shape), x.dtype)
+        return Payload((integers.to(torch.int32).reshape(-1),), tuple(x.shape), x.dtype)
 
     def decompress(self, payload: Payload) -> Tensor:
         """The integers, in the dtype of the input."""
@@ -272,148 +250,3 @@ class StochasticIntegerRounding(_Compressor):
     def omega(self, d: int) -> float:
         """Infinity: no ω bounds the second moment."""
         return math.inf
-
-
-# ------------------------------------------------------------------------------------ combinations
-
-
-class Compose(_Compressor):
-    """The composition C_outer ∘ C_inner.
-
-    If both are unbiased with ω₁, ω₂ then so is the composition, with ω₁ω₂ + ω₁ + ω₂. When the
-    inner compressor selects entries (`TopK`, `RandomK`) the outer one works on the selected values
-    alone and the indices travel beside them.
-
-    Args:
-        outer: Applied to what the inner compressor keeps.
-        inner: Applied first, to the tensor.
-
-    Raises:
-        TypeError: An argument is not a compressor.
-
-    Example:
-        >>> from assay.distributed import TopK
-        >>> x = torch.tensor([0.1, 3.0, -0.2, -8.0])
-        >>> both = Compose(NaturalCompressor(), TopK(0.25))
-        >>> both.decompress(both.compress(x))
-        tensor([ 0.,  0.,  0., -8.])
-    """
-
-    def __init__(self, outer: Compressor, inner: Compressor) -> None:
-        for name, compressor in (("outer", outer), ("inner", inner)):
-            if not isinstance(compressor, Compressor):
-                raise TypeError(f"{name} must be a compressor, got {type(compressor).__name__}")
-        self.outer, self.inner = outer, inner
-
-    def __repr__(self) -> str:
-        return f"Compose({self.outer!r}, {self.inner!r})"
-
-    @property
-    def unbiased(self) -> bool:
-        """Whether both are unbiased."""
-        return self.outer.unbiased and self.inner.unbiased
-
-    @property
-    def _sparse(self) -> bool:
-        return hasattr(self.inner, "select")
-
-    def compress(self, x: Tensor, *, generator: Generator | None = None) -> Payload:
-        """Compress with the inner compressor, and what it keeps with the outer one."""
-        inner = self.inner.compress(x, generator=generator)
-        if self._sparse:
-            indices, values = inner.tensors
-            kept = self.outer.compress(values, generator=generator)
-            return Payload((indices, *kept.tensors), inner.shape, inner.dtype)
-        return self.outer.compress(self.inner.decompress(inner), generator=generator)
-
-    def decompress(self, payload: Payload) -> Tensor:
-        """Undo the outer compressor, then put selected values where they belong."""
-        if not self._sparse:
-            return self.outer.decompress(payload)
-        indices, *kept = payload.tensors
-        values = self.outer.decompress(Payload(tuple(kept), (len(indices),), payload.dtype))
-        return self.inner.decompress(Payload((indices, values), payload.shape, payload.dtype))
-
-    def omega(self, d: int) -> float:
-        """ω₁ω₂ + ω₁ + ω₂, or infinity if either is infinite."""
-        inner = self.inner.omega(d)
-        outer = self.outer.omega(self.inner.count(d) if self._sparse else d)
-        if math.isinf(inner) or math.isinf(outer):
-            return math.inf
-        return inner * outer + inner + outer
-
-
-class ErrorFeedback(_Compressor):
-    """Adds what earlier messages left out to the next one before it is compressed.
-
-    Keeps e, the error so far: sends C(x + e) and sets e ← x + e − C(x + e). It turns biased
-    compressors such as `TopK` into ones that training survives. It remembers one tensor, so each
-    worker needs its own instance (`copy.deepcopy`), and all its messages have one shape.
-
-    Args:
-        compressor: Any compressor.
-
-    Raises:
-        TypeError: `compressor` is not a compressor.
-        ValueError: A tensor has another shape than the one before (call `reset` in between).
-
-    Example:
-        >>> from assay.distributed import TopK
-        >>> feedback = ErrorFeedback(TopK(0.5))
-        >>> x = torch.tensor([2.0, 3.0])
-        >>> [feedback.decompress(feedback.compress(x)).tolist() for _ in range(2)]
-        [[0.0, 3.0], [4.0, 0.0]]
-
-    Reference:
-        Stich, Cordonnier, Jaggi, Sparsified SGD with Memory, 2018,
-        https://arxiv.org/abs/1809.07599.
-    """
-
-    unbiased = False
-
-    def __init__(self, compressor: Compressor) -> None:
-        if not isinstance(compressor, Compressor):
-            raise TypeError(f"compressor must be a compressor, got {type(compressor).__name__}")
-        self.compressor = compressor
-        self.error: Tensor | None = None
-
-    def __repr__(self) -> str:
-        return f"ErrorFeedback({self.compressor!r})"
-
-    def compress(self, x: Tensor, *, generator: Generator | None = None) -> Payload:
-        """Compress `x` plus the error so far, and remember the new error.
-
-        Where that sum is not finite nothing is remembered, so one overflow does not stay for ever.
-        """
-        check_floating(x)
-        if self.error is not None and self.error.shape != x.shape:
-            raise ValueError(
-                f"x must have shape {tuple(self.error.shape)} as the tensors before it, got "
-                f"{tuple(x.shape)}"
-            )
-        corrected = x.detach() if self.error is None else x.detach() + self.error
-        payload = self.compressor.compress(corrected, generator=generator)
-        error = corrected - self.compressor.decompress(payload)
-        self.error = torch.where(error.isfinite(), error, torch.zeros_like(error))
-        return payload
-
-    def decompress(self, payload: Payload) -> Tensor:
-        """What the compressor inside gives."""
-        return self.compressor.decompress(payload)
-
-    def omega(self, d: int) -> float:
-        """Infinity: a single message is biased."""
-        return math.inf
-
-    def reset(self) -> None:
-        """Forget the error."""
-        self.error = None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The error, if there is one."""
-        return {} if self.error is None else {"error": self.error}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the error of `state_dict`."""
-        error = state.get("error")
-        self.error = None if error is None else error.clone()

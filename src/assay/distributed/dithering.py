@@ -6,19 +6,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from assay.distributed.compressors import Compressor, Identity, _Compressor, check_floating
+from assay.distributed.compressors import BaseCompressor, Compressor, Identity, check_floating
 from assay.distributed.payload import Payload, pack_fields, unpack_fields
 
 __all__ = ["NaturalDithering", "RandomDithering"]
 
 
-class _Dithering(_Compressor):
+class Dithering(BaseCompressor):
     """Rounds |xᵢ| / ‖x‖_p stochastically to a level; subclasses say which levels there are."""
 
     def __init__(
         self,
         levels: int,
-        p: float | int = 2,
+        p: float = 2,
         norm_compressor: Compressor | None = None,
     ) -> None:
         if isinstance(levels, bool) or not isinstance(levels, int) or levels < 1:
@@ -45,7 +45,7 @@ class _Dithering(_Compressor):
         """Bits of a level's number."""
         return self.levels.bit_length()
 
-    def grid(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " levels+1"]:
+    def grid(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " points"]:
         """Levels in ascending order, from 0 to 1."""
         raise NotImplementedError
 
@@ -106,7 +106,7 @@ class _Dithering(_Compressor):
         return spread.sum() * (norm / torch.linalg.vector_norm(x)) ** 2
 
 
-def _norm(x: Float[Tensor, " d"], p: float | int) -> Float[Tensor, ""]:
+def _norm(x: Float[Tensor, " d"], p: float) -> Float[Tensor, ""]:
     """The p-norm, scaled so that squares neither overflow nor vanish; 0 for no entries."""
     if x.numel() == 0:
         return x.new_zeros(())
@@ -116,7 +116,7 @@ def _norm(x: Float[Tensor, " d"], p: float | int) -> Float[Tensor, ""]:
     return largest * torch.linalg.vector_norm(x / largest, p)
 
 
-class NaturalDithering(_Dithering):
+class NaturalDithering(Dithering):
     r"""Dithering to the levels 2^(1−s), …, 1/4, 1/2, 1 and 0.
 
     With y = |x| / ‖x‖_p an entry becomes ‖x‖_p · sign(x) · (one of the two levels around y),
@@ -146,7 +146,7 @@ class NaturalDithering(_Dithering):
         https://arxiv.org/abs/1905.10988.
     """
 
-    def grid(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " levels+1"]:
+    def grid(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " points"]:
         """0 and the powers of two."""
         powers = [2.0**k for k in range(1 - self.levels, 1)]
         return torch.tensor([0.0, *powers], dtype=dtype, device=device)
@@ -156,7 +156,7 @@ class NaturalDithering(_Dithering):
         return 1 / 8 + a * min(1.0, a)
 
 
-class RandomDithering(_Dithering):
+class RandomDithering(Dithering):
     r"""Dithering to the uniform levels 0, 1/u, 2/u, …, 1 (QSGD for p = 2).
 
     In B(ω) with ω = a · min(1, a), a = d^(1/r) / u, r = min(p, 2).
@@ -180,7 +180,7 @@ class RandomDithering(_Dithering):
         Alistarh, Grubic, Li, Tomioka, Vojnović, QSGD, 2017, https://arxiv.org/abs/1610.02132.
     """
 
-    def grid(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " levels+1"]:
+    def grid(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " points"]:
         """Multiples of 1 / u."""
         return torch.arange(self.levels + 1, dtype=dtype, device=device) / self.levels
 

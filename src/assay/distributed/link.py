@@ -26,8 +26,8 @@ class LinkModel:
         0.0483
     """
 
-    bandwidth: float | int
-    latency: float | int = 0.0
+    bandwidth: float
+    latency: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.bandwidth > 0:
@@ -35,11 +35,11 @@ class LinkModel:
         if not self.latency >= 0:
             raise ValueError(f"latency must not be negative, got {self.latency}")
 
-    def seconds(self, bits: float | int, messages: int = 1) -> float:
+    def seconds(self, bits: float, messages: int = 1) -> float:
         """Time for `bits` bits in `messages` messages one after the other."""
         return messages * self.latency + bits / self.bandwidth
 
-    def all_reduce(self, bits: float | int, workers: int) -> float:
+    def all_reduce(self, bits: float, workers: int) -> float:
         """Time for a ring all-reduce (or a reduce-scatter and an all-gather) of `bits` bits.
 
         Each worker sends 2 (n − 1) messages of bits / n.

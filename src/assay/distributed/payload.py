@@ -114,9 +114,7 @@ def pack_fields(fields: Int[Tensor, " n"], width: int) -> UInt8[Tensor, " bytes"
     return (padded << torch.arange(8, device=fields.device)).sum(1).to(torch.uint8)
 
 
-def unpack_fields(
-    packed: UInt8[Tensor, " bytes"], width: int, n: int
-) -> Int[Tensor, " n"]:
+def unpack_fields(packed: UInt8[Tensor, " bytes"], width: int, n: int) -> Int[Tensor, " n"]:
     """Read `n` integers packed by `pack_fields`.
 
     Args:

@@ -10,8 +10,8 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from assay.distributed import integer_aggregation as integers
+from assay.distributed.combinations import ErrorFeedback
 from assay.distributed.compressors import Compressor, Identity, NaturalCompressor, draw_seed
-from assay.distributed.payload import Payload
 
 __all__ = ["worker_gradients", "two_way_sum", "Traffic", "SimulatedWorkers"]
 
@@ -234,7 +234,7 @@ class SimulatedWorkers:
 
     def state_dict(self) -> dict:
         """Traffic so far, the memories of the workers' compressors and the random state."""
-        memories = [w.state_dict() if hasattr(w, "state_dict") else {} for w in self.workers]
+        memories = [w.state_dict() if isinstance(w, ErrorFeedback) else {} for w in self.workers]
         state = {"bits_up": self.bits_up, "bits_down": self.bits_down, "workers": memories}
         if self.generator is not None:
             state["generator"] = self.generator.get_state()
@@ -244,7 +244,7 @@ class SimulatedWorkers:
         """Continue where `state_dict` was taken."""
         self.bits_up, self.bits_down = state["bits_up"], state["bits_down"]
         for worker, memory in zip(self.workers, state["workers"], strict=True):
-            if hasattr(worker, "load_state_dict"):
+            if isinstance(worker, ErrorFeedback):
                 worker.load_state_dict(memory)
         if self.generator is not None and "generator" in state:
             self.generator.set_state(state["generator"])

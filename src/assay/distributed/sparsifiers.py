@@ -5,16 +5,16 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from assay.distributed.compressors import _Compressor, check_floating
+from assay.distributed.compressors import BaseCompressor, check_floating
 from assay.distributed.payload import Payload
 
-__all__ = ["TopK", "RandomK"]
+__all__ = ["Sparsifier", "TopK", "RandomK"]
 
 
-class _Sparsifier(_Compressor):
+class Sparsifier(BaseCompressor):
     """Sends `count(d)` entries: int32 indices (int64 beyond 2^31 entries) and their values."""
 
-    def __init__(self, density: float | int) -> None:
+    def __init__(self, density: float) -> None:
         if not 0 < density <= 1:
             raise ValueError(f"density must be in (0, 1], got {density}")
         self.density = density
@@ -27,6 +27,7 @@ class _Sparsifier(_Compressor):
         return math.ceil(self.density * d)
 
     def select(self, x: Tensor, generator: Generator | None) -> Tensor:
+        """Indices of the entries to send; subclasses say which."""
         raise NotImplementedError
 
     def compress(self, x: Tensor, *, generator: Generator | None = None) -> Payload:
@@ -50,7 +51,7 @@ class _Sparsifier(_Compressor):
         return 1.0
 
 
-class TopK(_Sparsifier):
+class TopK(Sparsifier):
     """Sends the ⌈density · d⌉ entries of largest magnitude.
 
     Biased: E‖C(x) − x‖² ≤ (1 − density)‖x‖². Wrap it in `ErrorFeedback` to train with it. NaN
@@ -79,7 +80,7 @@ class TopK(_Sparsifier):
         return 0.0 if self.count(d) == d else math.inf
 
 
-class RandomK(_Sparsifier):
+class RandomK(Sparsifier):
     """Sends ⌈density · d⌉ entries chosen at random, scaled by d / k to be unbiased.
 
     ω = d / k − 1.

@@ -18,9 +18,7 @@ import torch.distributed as dist
 __all__ = ["spawn"]
 
 
-def spawn(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float | int = 120
-) -> list[Any]:
+def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Run `fn(*args)` in `world_size` processes that form a gloo process group.
 
     Each process uses one thread. They meet at a store that the parent opens on a port the system
@@ -88,7 +86,8 @@ def _find(file: str | None, module: str, name: str) -> Callable[..., Any]:
         found = __import__(module, fromlist=["_"])
     except ImportError:
         spec = spec_from_file_location(module, str(file))
-        assert spec is not None and spec.loader is not None
+        if spec is None or spec.loader is None:
+            raise
         found = sys.modules[module] = module_from_spec(spec)
         spec.loader.exec_module(found)
     return getattr(found, name)

@@ -1,6 +1,19 @@
 """What several topics need of a module: its parameters as a vector, its norms, a training loop."""
 
 from assay.functional.batchnorm import running_norms, update_bn
+from assay.functional.krylov import (
+    DenseOperator,
+    Estimate,
+    SpectralDensity,
+    SymmetricOperator,
+    Tridiagonal,
+    hutchinson_diagonal,
+    hutchinson_trace,
+    lanczos,
+    spectral_density,
+    top_eigenvalues,
+)
+from assay.functional.likelihood import Likelihood, per_sample_loss
 from assay.functional.parameters import (
     ParameterLayout,
     call_with_vector,
@@ -8,6 +21,16 @@ from assay.functional.parameters import (
     parameters_to_vector,
     random_direction,
     vector_to_parameters,
+)
+from assay.functional.products import (
+    EmpiricalFisherOperator,
+    GGNOperator,
+    HessianOperator,
+    LossOperator,
+    ResidualOperator,
+    call_model,
+    repeatable,
+    select_parameters,
 )
 from assay.functional.training import evaluate_classifier, fit
 
@@ -18,6 +41,26 @@ __all__ = [
     "call_with_vector",
     "random_direction",
     "filter_normalize",
+    "select_parameters",
+    "call_model",
+    "repeatable",
+    "LossOperator",
+    "HessianOperator",
+    "GGNOperator",
+    "ResidualOperator",
+    "EmpiricalFisherOperator",
+    "SymmetricOperator",
+    "DenseOperator",
+    "Tridiagonal",
+    "lanczos",
+    "top_eigenvalues",
+    "SpectralDensity",
+    "spectral_density",
+    "Estimate",
+    "hutchinson_trace",
+    "hutchinson_diagonal",
+    "Likelihood",
+    "per_sample_loss",
     "running_norms",
     "update_bn",
     "fit",

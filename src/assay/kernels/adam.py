@@ -30,7 +30,7 @@ def _update(
     one_minus_beta1,
     beta2,
     one_minus_beta2,
-    second_correction,
+    inverse_correction,
     step_size,
     eps,
     zero,
@@ -43,7 +43,7 @@ def _update(
         exp_avg[i] = m
         exp_avg_sq[i] = v
         if max_exp_avg_sq is not None:
-            corrected = v / second_correction
+            corrected = v * inverse_correction
             highest = max_exp_avg_sq[i]
             # Written so that a NaN in v is kept, as torch.maximum keeps it.
             v = highest if highest >= corrected else corrected
@@ -90,7 +90,7 @@ def adam_update_(
             1 - beta1,
             beta2,
             1 - beta2,
-            second_correction,
+            1 / second_correction,
             step_size,
             eps,
             0.0,

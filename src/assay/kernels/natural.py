@@ -154,7 +154,7 @@ def natural_round_reference(x: Tensor, random: Tensor, largest: int) -> Tensor:
     return torch.where(x.isfinite(), value.copysign(x), x)
 
 
-def _reference_at(x: Tensor, index: Tensor, seed: int, largest: int) -> Tensor:
+def _reference_at(x: Tensor, index: Tensor, seed: int | Tensor, largest: int) -> Tensor:
     random = random_integers(index, seed, FORMATS[x.dtype].mantissa)
     return natural_round_reference(x, random, largest)
 
@@ -281,23 +281,53 @@ def natural_round(x: Tensor, seed: int | Tensor) -> Tensor:
     """Round `x` to powers of two, stochastically and without bias.
 
     NaN, infinities, signed zeros and powers of two come back unchanged; values above the largest
-    power of two of the dtype round down to it.
+    power of two of the dtype round down to it. The gradient passes straight through.
 
     Args:
         x: float16, bfloat16, float32 or float64 tensor.
         seed: 63 random bits; the result is a function of `x` and `seed`.
     """
+    return _NaturalRound.apply(x, seed)
+
+
+class _NaturalRound(torch.autograd.Function):
+    """Straight through backwards: E natural_round(x) = x has the identity as its derivative."""
+
+    @staticmethod
+    def forward(x: Tensor, seed: int | Tensor) -> Tensor:
+        return _rounded(x, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+    @staticmethod
+    def vmap(info, in_dims, x: Tensor, seed: int | Tensor) -> tuple[Tensor, int]:
+        # The numbers drawn differ along every dimension already, so one seed is enough.
+        batched, seeds = in_dims
+        one = seed if seeds is None else seed.select(seeds, 0)
+        if batched is None:
+            x, batched = x.expand(info.batch_size, *x.shape), 0
+        return _NaturalRound.apply(x, one), batched
+
+
+def _rounded(x: Tensor, seed: int | Tensor) -> Tensor:
     wide, largest = _widened(x)
     if not _runs_kernels(wide):
         index = torch.arange(wide.numel(), device=wide.device).view(wide.shape)
         return _reference_at(wide, index, seed, largest).to(x.dtype)
-    values, out = wide.contiguous().view(-1), torch.empty_like(wide).view(-1)
+    values = wide.contiguous().view(-1)
+    out = torch.empty_like(values)
     form = FORMATS[wide.dtype]
     kernel = _round32 if wide.dtype == torch.float32 else _round64
     inputs, outputs = values.numpy().view(form.unsigned), out.numpy().view(form.unsigned)
 
     def run(low: int, high: int, *scalars) -> int:
-        return kernel(inputs[low:high], outputs[low:high], *scalars)
+        return int(kernel(inputs[low:high], outputs[low:high], *scalars))
 
     if _in_pieces(run, len(values), form.unsigned, largest, int(seed)):
         odd = (values.isfinite() & (values.abs() < torch.finfo(wide.dtype).tiny)).nonzero()[:, 0]
@@ -326,7 +356,7 @@ def natural_pack(x: Tensor, seed: int) -> Packed:
 
     def run(low: int, high: int, *scalars) -> int:
         part = packed[low // per_byte : -(-high // per_byte)]
-        return kernel(inputs[low:high], bytes_[low:high], part, *scalars)
+        return int(kernel(inputs[low:high], bytes_[low:high], part, *scalars))
 
     if not _in_pieces(run, n, form.unsigned, largest, seed):
         return Packed(codes, signs, codes.new_empty(0))

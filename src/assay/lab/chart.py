@@ -3,7 +3,7 @@
 import csv
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class Panel:
     def suits_log_scale(self) -> bool:
         """Whether all values are positive and span enough for a logarithmic axis to show more."""
         values = self.values
-        return bool(len(values)) and values.min() > 0 and values.max() > 3 * values.min()
+        return bool(len(values) and values.min() > 0 and values.max() > 3 * values.min())
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,21 @@ def draw(panel: Panel, *, log: bool = False) -> Drawing:
     x_ticks = [(t, text) for t, text in _ticks(x_low, x_high) if float(t).is_integer()]
     y_ticks = _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high)
     return Drawing(
-        [(round(float(x_at(np.float64(t))), 1), text) for t, text in x_ticks],
-        [(round(float(y_at(np.float64(t))), 1), text) for t, text in y_ticks],
+        _placed(x_ticks, x_at),
+        _placed(y_ticks, y_at),
         [
             (index, " ".join(_path(x_at(x[run]), y_at(y[run])) for run in _finite_runs(y)))
             for index, line in enumerate(panel.lines.values())
             for x, y in line
         ],
     )
+
+
+def _placed(
+    ticks: list[tuple[float, str]], at: Callable[[np.ndarray], np.ndarray]
+) -> list[tuple[float, str]]:
+    positions = at(np.array([tick for tick, _ in ticks])).round(1).tolist()
+    return [(place, text) for place, (_, text) in zip(positions, ticks, strict=True)]
 
 
 def _without_seed(names: Iterable[str], seeds: Sequence[int]) -> dict[str, str]:
@@ -270,7 +277,8 @@ def strip(claim: ClaimResult) -> Strip | None:
     if not _drawable(shown).all():
         return None
     measured = np.array([m.value for m in claim.measurements])
-    values = measured[_drawable(measured)][:MAX_MARKS]
+    measured = measured[_drawable(measured)]
+    values = measured[:: math.ceil(len(measured) / MAX_MARKS) or 1]
     ends = [end for end in claim.bound or () if end is not None]
     low, high = _span(np.concatenate([shown, values, ends]), margin=0.12)
 

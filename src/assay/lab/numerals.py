@@ -1,6 +1,7 @@
 """How measured figures are written for a reader: as many digits as they mean, and no more."""
 
 import math
+from decimal import Decimal
 
 from assay.lab.paper import Expectation
 
@@ -8,6 +9,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MINUS = "\N{MINUS SIGN}"
 _GROUP = "\N{NARROW NO-BREAK SPACE}"
 _MAX_DIGITS = 17  # what tells any two doubles apart
+_MORE_DECIMALS = 6  # that tell a figure from its bound, before each is written by itself
 _PLAIN_FROM, _PLAIN_BELOW = -4, 6  # powers of ten between which no exponent is written
 
 
@@ -19,22 +21,22 @@ def number(value: float | int, digits: int = 4) -> str:
         digits: significant digits.
 
     Example:
-        >>> number(0.123456), number(1234567), number(3.2e-9), number(float("inf"))
-        ('0.1235', '1 234 567', '3.2×10⁻⁹', '∞')
+        >>> number(0.123456), number(-3), number(3.2e-9), number(float("inf"))
+        ('0.1235', '−3', '3.2×10⁻⁹', '∞')
     """
     if isinstance(value, int):
         return _signed(f"{value:,}".replace(",", _GROUP) if abs(value) >= 10_000 else f"{value}")
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("∞" if value > 0 else f"{_MINUS}∞")
-    exponent = _exponent(float(f"{value:.{digits - 1}e}"))
+    exponent = _exponent(value, digits)
     shift = _shift(exponent)
     decimals = max(0, digits - 1 - exponent + shift)
-    text = f"{_scale(value, shift):.{decimals}f}"
+    text = _fixed(value, shift, decimals)
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     if text in ("1", "-1") and shift:
-        return _signed(text[:-1] + _power(shift)[1:])
-    return _signed("0" if text == "-0" else text) + _power(shift)
+        return _signed(text[:-1]) + _power(shift)[1:]
+    return _signed(text) + _power(shift)
 
 
 def estimate_and_interval(
@@ -58,20 +60,16 @@ def estimate_and_interval(
     """
     values = (estimate, *interval)
     half = (interval[1] - interval[0]) / 2
-    if not all(map(math.isfinite, values)) or half <= 0:
-        low, middle, high = (
-            number_beside(v, expect, 6) for v in (interval[0], estimate, interval[1])
-        )
-        return middle, low, high
-    shift = _shift(_exponent(max(values, key=abs)))
-    decimals = max(0, 1 - _exponent(half) + shift)
-    while decimals < _MAX_DIGITS and not all(
-        _same_side(v, f"{_scale(v, shift):.{decimals}f}e{shift}", expect) for v in values
-    ):
-        decimals += 1
-    middle, low, high = (
-        _signed(f"{_scale(v, shift):.{decimals}f}") + _power(shift) for v in values
-    )
+    if all(map(math.isfinite, (*values, half))) and half > 0:
+        shift = _shift(_exponent(max(values, key=abs)))
+        enough = max(0, 1 - _exponent(half) + shift)
+        for decimals in range(enough, enough + _MORE_DECIMALS):
+            texts = [_fixed(v, shift, decimals) for v in values]
+            pairs = zip(values, texts, strict=True)
+            if all(_same_side(v, f"{text}e{shift}", expect) for v, text in pairs):
+                middle, low, high = (_signed(text) + _power(shift) for text in texts)
+                return middle, low, high
+    middle, low, high = (number_beside(v, expect, digits=6) for v in values)
     return middle, low, high
 
 
@@ -101,8 +99,8 @@ def bound_text(expect: Expectation | None) -> str:
 
     Example:
         >>> from assay.lab import at_least, between, close_to
-        >>> [bound_text(e) for e in (at_least(0.9), between(-0.01, 0.02), close_to(1.125, tol=1e-9))]
-        ['≥ 0.9', '−0.01 to 0.02', '1.125 ± 10⁻⁹']
+        >>> bound_text(at_least(0.9)), bound_text(between(-1, 2)), bound_text(close_to(2, tol=1e-9))
+        ('≥ 0.9', '−1 to 2', '2 ± 10⁻⁹')
     """
     if expect is None:
         return ""
@@ -136,8 +134,9 @@ def duration(seconds: float | int) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def _exponent(value: float) -> int:
-    return math.floor(math.log10(abs(value))) if value else 0
+def _exponent(value: float, digits: int = _MAX_DIGITS) -> int:
+    """The power of ten of the first digit, after rounding to `digits`."""
+    return int(f"{value:.{digits - 1}e}".partition("e")[2])
 
 
 def _shift(exponent: int) -> int:
@@ -145,9 +144,10 @@ def _shift(exponent: int) -> int:
     return 0 if _PLAIN_FROM <= exponent < _PLAIN_BELOW else exponent
 
 
-def _scale(value: float, shift: int) -> float:
-    # In two steps, as 10**324 overflows though the smallest double times it does not.
-    return value / 10.0**shift if shift > -300 else value * 1e300 / 10.0 ** (shift + 300)
+def _fixed(value: float, shift: int, decimals: int) -> str:
+    """`value / 10**shift`, without the error and overflow of that division; zero has no sign."""
+    text = f"{Decimal(value).scaleb(-shift):.{decimals}f}"
+    return text.lstrip("-") if float(text) == 0 else text
 
 
 def _power(shift: int) -> str:

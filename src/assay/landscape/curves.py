@@ -113,11 +113,11 @@ class Curve(nn.Module):
             t = torch.tensor(t, dtype=torch.float64)
         if t.ndim:
             raise ValueError(f"t must be a scalar, got shape {tuple(t.shape)}")
-        c = self.coefficients(t).to(self.ends)
+        c = self.coefficients(t).to(self.ends).unsqueeze(0)
         # Weights keep their precision under autocast, which would round a product of matrices.
         with torch.autocast(self.ends.device.type, enabled=False):
-            fixed = torch.mv(self.ends.T, torch.stack((c[0], c[-1])))
-            return torch.addmv(fixed, self.inner.T, c[1:-1])
+            fixed = torch.mm(c[:, :: self.num_bends - 1], self.ends)
+            return torch.addmm(fixed, c[:, 1:-1], self.inner).view(-1)
 
     def weights(self, t: float | Tensor) -> dict[str, Tensor]:
         """φ(t) by parameter name: what `torch.func.functional_call` takes.
@@ -428,7 +428,7 @@ def evaluate_curve(
     loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     chunk_size: int = 8,
     update_bn: bool = True,
-    bn_batches: Batches | None = None,
+    bn_batches: Iterable[object] | None = None,
 ) -> CurveEvaluation:
     """Loss and error at equally spaced points of a curve, in evaluation mode.
 
@@ -501,7 +501,7 @@ def linear_barrier(
     loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     model: nn.Module | None = None,
     update_bn: bool = True,
-    bn_batches: Batches | None = None,
+    bn_batches: Iterable[object] | None = None,
 ) -> float:
     """Height of the loss barrier on the straight line between two networks.
 

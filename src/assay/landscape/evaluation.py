@@ -16,6 +16,10 @@ from assay.functional.parameters import ParameterLayout, call_with_vector, vecto
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
+# On a CPU, running several weight vectors at once saves the overhead of small batches; beyond about
+# this many samples (vectors times batch) activations leave the cache, and it is slower than a loop.
+CPU_SAMPLES = 1024
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -53,7 +57,7 @@ def evaluate(
     loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     chunk_size: int = 8,
     update_bn: bool = True,
-    bn_batches: Batches | None = None,
+    bn_batches: Iterable[object] | None = None,
 ) -> dict[str, Evaluation]:
     """Mean loss and accuracy of a model at K weight vectors.
 
@@ -72,8 +76,9 @@ def evaluate(
         batches: batches `(x, y)` by the name of the set, e.g. `{"train": ..., "test": ...}`;
             iterated once a chunk.
         loss_fn: `(output, target) -> scalar`, a mean over the batch.
-        chunk_size: weight vectors at once, K·P numbers and K times the activations in memory. With
-            1, `vmap` is not used: for models that it cannot run (recurrent ones are recognised).
+        chunk_size: weight vectors held at once. On a CPU as many of them run together as make about
+            1,000 samples with the batch, on other devices all. With 1, `vmap` is not used: for
+            models that it cannot run (recurrent ones are recognised).
         update_bn: whether to recompute running statistics at each point; without effect on models
             that have none.
         bn_batches: the data to take the statistics of, normally the training set.
@@ -135,12 +140,19 @@ def _outputs(
         return result
 
     vectors = torch.stack(chunk)
+    batched = torch.func.vmap(outputs, in_dims=(0, None))
     for x, y in batches:
+        if len(x) == 0:
+            continue
         x, y = x.to(vectors.device), y.to(vectors.device)
-        if len(chunk) == 1:
-            yield outputs(vectors[0], x).unsqueeze(0), y
-        else:
-            yield torch.func.vmap(outputs, in_dims=(0, None))(vectors, x), y
+        at_once = len(chunk)
+        if vectors.device.type == "cpu":
+            at_once = min(at_once, max(1, CPU_SAMPLES // len(x)))
+        parts = [
+            batched(part, x) if len(part) > 1 else outputs(part[0], x).unsqueeze(0)
+            for part in vectors.split(at_once)
+        ]
+        yield torch.cat(parts), y
 
 
 class _Totals:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -29,6 +29,15 @@ class Chain(nn.Sequential):
                 chain.add_module(name, module)
             return chain
         return super().__getitem__(index)
+
+
+def initialise(
+    layer: nn.Conv2d | nn.Linear, weight: Callable[[Tensor], object], bias: float | int
+) -> None:
+    """Fill the weight of a layer by an in-place initialiser and its bias by a constant."""
+    weight(layer.weight)
+    if layer.bias is not None:
+        nn.init.constant_(layer.bias, bias)
 
 
 def make_activation(activation: str | Callable[[], nn.Module]) -> nn.Module:

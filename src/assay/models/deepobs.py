@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from assay.models.chain import Chain
+from assay.models.chain import Chain, initialise
 
 
 class ThreeConvThreeDense(Chain):
@@ -52,11 +52,9 @@ class ThreeConvThreeDense(Chain):
         self.add_module("linear3", nn.Linear(256, num_classes))
         for module in self:
             if isinstance(module, nn.Conv2d):
-                nn.init.xavier_normal_(module.weight)
-                nn.init.zeros_(module.bias)
+                initialise(module, nn.init.xavier_normal_, bias=0)
             elif isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                initialise(module, nn.init.xavier_uniform_, bias=0)
 
 
 class AllCNNC(Chain):
@@ -106,8 +104,7 @@ class AllCNNC(Chain):
         )
         for number, (maps, kernel, stride, padding) in enumerate(layers, start=1):
             convolution = nn.Conv2d(in_channels, maps, kernel, stride=stride, padding=padding)
-            nn.init.xavier_normal_(convolution.weight)
-            nn.init.constant_(convolution.bias, 0.1)
+            initialise(convolution, nn.init.xavier_normal_, bias=0.1)
             self.add_module(f"conv{number}", convolution)
             self.add_module(f"relu{number}", nn.ReLU())
             if dropout and stride == 2:

@@ -1,8 +1,10 @@
 """VGG-16 in the form that is usual for images of 32x32 pixels."""
 
+from functools import partial
+
 from torch import nn
 
-from assay.models.chain import Chain
+from assay.models.chain import Chain, initialise
 
 # Convolutions of each stage; a maximum over 2x2 pixels follows each stage.
 STAGES = (2, 2, 3, 3, 3)
@@ -47,14 +49,14 @@ class VGGSmall(Chain):
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be a positive number of maps, got {width}")
+        # Without normalisation thirteen layers train only from He's initialisation.
+        he_normal = partial(nn.init.kaiming_normal_, nonlinearity="relu")
         for stage, convolutions in enumerate(STAGES, start=1):
             maps = width * min(2 ** (stage - 1), 8)
             for number in range(1, convolutions + 1):
                 place = f"{stage}_{number}"
                 convolution = nn.Conv2d(in_channels, maps, 3, padding=1)
-                # Without normalisation thirteen layers train only from He's initialisation.
-                nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-                nn.init.zeros_(convolution.bias)
+                initialise(convolution, he_normal, bias=0)
                 self.add_module(f"conv{place}", convolution)
                 if batch_norm:
                     self.add_module(f"norm{place}", nn.BatchNorm2d(maps))

@@ -178,11 +178,12 @@ def _single(
             param.sub_(update, alpha=now.step_size)
 
 
-def _by_kind(params: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of the parameters, grouped by device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+def _by_kind(params: Sequence[Tensor], steps: Sequence[Tensor], symbolic: bool) -> list[list[int]]:
+    """Positions of the parameters, grouped by device, dtype and (where it can be read) step."""
+    kinds: dict[tuple[torch.device, torch.dtype, float], list[int]] = {}
     for i, param in enumerate(params):
-        kinds.setdefault((param.device, param.dtype), []).append(i)
+        step = -1.0 if symbolic else steps[i].item()
+        kinds.setdefault((param.device, param.dtype, step), []).append(i)
     return list(kinds.values())
 
 
@@ -195,7 +196,7 @@ def _foreach(
     steps: Sequence[Tensor],
     options: Options,
 ) -> None:
-    for members in _by_kind(params):
+    for members in _by_kind(params, steps, options.symbolic):
         now = [_advance(steps[i], params[i], options) for i in members]
         x, g, m, v = (
             [tensors[i] for i in members] for tensors in (params, grads, exp_avgs, exp_avg_sqs)
@@ -207,12 +208,7 @@ def _foreach(
                 torch._foreach_mul_(x, [1 - c.lr * options.weight_decay for c in now])
             else:
                 g = torch._foreach_add(g, x, alpha=options.weight_decay)
-        torch._foreach_mul_(m, [c.beta1 for c in now])
-        torch._foreach_add_(m, torch._foreach_mul(g, [1 - c.beta1 for c in now]))
-        squares = torch._foreach_mul(g, g)
-        torch._foreach_mul_(squares, [1 - c.beta2 for c in now])
-        torch._foreach_mul_(v, [c.beta2 for c in now])
-        torch._foreach_add_(v, squares)
+        _foreach_average_(m, v, g, now)
         if max_exp_avg_sqs:
             highest = [max_exp_avg_sqs[i] for i in members]
             if now[0].second_correction is not None:
@@ -221,16 +217,32 @@ def _foreach(
             v = highest
         scale = torch._foreach_sqrt(v)
         if options.eps == 0:
-            at_rest = [s == 0 for s in scale]
-            scale = [s.masked_fill_(rest, 1) for s, rest in zip(scale, at_rest, strict=True)]
-            update = torch._foreach_div(m, scale)
-            for u, rest in zip(update, at_rest, strict=True):
-                u.masked_fill_(rest, 0)
+            # 1/0 there makes the step m·0 = 0.
+            for s in scale:
+                s.masked_fill_(s == 0, math.inf)
         else:
             torch._foreach_add_(scale, options.eps)
-            update = torch._foreach_div(m, scale)
-        torch._foreach_mul_(update, [c.step_size for c in now])
-        torch._foreach_sub_(x, update)
+        torch._foreach_div_(scale, [-c.step_size for c in now])
+        torch._foreach_addcdiv_(x, m, scale)
+
+
+def _foreach_average_(
+    m: list[Tensor], v: list[Tensor], g: Sequence[Tensor], now: list[Coefficients]
+) -> None:
+    """Bring both moments up to date in place."""
+    beta1, beta2 = now[0].beta1, now[0].beta2
+    if not (isinstance(beta1, Tensor) or isinstance(beta2, Tensor)):
+        # Parameters of one group have made the same number of steps: plain numbers serve all.
+        torch._foreach_lerp_(m, g, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - beta2)
+        return
+    torch._foreach_mul_(m, [c.beta1 for c in now])
+    torch._foreach_add_(m, torch._foreach_mul(g, [1 - c.beta1 for c in now]))
+    squares = torch._foreach_mul(g, g)
+    torch._foreach_mul_(squares, [1 - c.beta2 for c in now])
+    torch._foreach_mul_(v, [c.beta2 for c in now])
+    torch._foreach_add_(v, squares)
 
 
 def _fused(
@@ -517,17 +529,20 @@ class ProjectedAdam(Optimizer):
         if len(saved_groups) != len(self.param_groups):
             super().load_state_dict(state_dict)  # raises, in torch's words
         state = dict(state_dict["state"])
-        groups = []
+        groups, callables = [], []
         for own, saved in zip(self.param_groups, saved_groups, strict=True):
             foreign = "lr_decay" not in saved
             known = _from_torch(saved, own) if foreign else saved
             kept = {key: value for key, value in own.items() if key != "params"}
+            callables.append({key: value for key, value in kept.items() if callable(value)})
             groups.append({**kept, **known, "params": saved["params"]})
             if foreign:
                 for key in saved["params"]:
                     if key in state:
                         state[key] = self._adopt(state[key], groups[-1])
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        for group, own in zip(self.param_groups, callables, strict=True):
+            group.update(own)  # themselves, not the copies torch makes
 
     def _adopt(self, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         """Translate the state that torch's Adam keeps of one parameter."""

@@ -1,0 +1,415 @@
+"""Eigenvalues, spectral densities, traces and diagonals of matrices known by their products."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class SymmetricOperator(Protocol):
+    """A symmetric matrix known by its product with a vector, e.g. a `HessianOperator`."""
+
+    @property
+    def numel(self) -> int:
+        """Number of rows."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its products."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Of its products."""
+        ...
+
+    def __matmul__(self, vectors: Tensor, /) -> Tensor:
+        """The product with `(P,)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tridiagonal:
+    """What Lanczos leaves: Qᵀ A Q = T with orthonormal Q.
+
+    Args:
+        diagonal: of T, `(m,)`, float64.
+        off_diagonal: of T, `(m − 1,)`, float64.
+        residual: norm of the next, not normalised Lanczos vector.
+        basis: Q as rows, `(m, P)`.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator, lanczos
+        >>> T = lanczos(DenseOperator(torch.diag(torch.tensor([1.0, 2.0]))), 2)
+        >>> torch.allclose(T.eigh()[0], torch.tensor([1.0, 2.0], dtype=torch.float64))
+        True
+    """
+
+    diagonal: Float[Tensor, " m"]
+    off_diagonal: Float[Tensor, " k"]
+    residual: float
+    basis: Float[Tensor, "m p"]
+
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """Ritz values, ascending, and the eigenvectors of T as columns."""
+        off = torch.diag(self.off_diagonal, 1)
+        return torch.linalg.eigh(torch.diag(self.diagonal) + off + off.T)
+
+
+class DenseOperator:
+    """A symmetric matrix given as one.
+
+    Args:
+        matrix: `(P, P)`.
+
+    Raises:
+        ValueError: if it is not square and symmetric.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator
+        >>> DenseOperator(torch.eye(2)) @ torch.tensor([3.0, 4.0])
+        tensor([3., 4.])
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix must be square, got shape {tuple(matrix.shape)}")
+        if not torch.allclose(matrix, matrix.T, rtol=1e-4, atol=1e-6):
+            raise ValueError("matrix must be symmetric")
+        self.matrix = matrix
+
+    @property
+    def numel(self) -> int:
+        """Number of rows."""
+        return len(self.matrix)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix."""
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the matrix."""
+        return self.matrix.device
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """The product with `(P,)` or `(P, K)`."""
+        return self.matrix @ vectors
+
+
+def lanczos(
+    operator: SymmetricOperator,
+    steps: int,
+    *,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tridiagonal:
+    """Lanczos' three-term recursion with full reorthogonalisation (no ghost eigenvalues).
+
+    Stops early when the Krylov space is exhausted.
+
+    Args:
+        operator: symmetric.
+        steps: at most so many products; memory is steps × P.
+        start: first vector, `(P,)`; default a random one.
+        generator: source of the random start, on the CPU.
+
+    Returns:
+        The tridiagonal matrix and the basis.
+
+    Raises:
+        ValueError: if `steps` < 1 or `start` is zero.
+        FloatingPointError: if a product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator, lanczos
+        >>> A = torch.diag(torch.arange(1.0, 6.0))
+        >>> values, _ = lanczos(DenseOperator(A), 5, generator=torch.Generator()).eigh()
+        >>> torch.allclose(values, torch.arange(1.0, 6.0, dtype=torch.float64), atol=1e-5)
+        True
+
+    Reference:
+        Golub, Van Loan, "Matrix Computations", chapter 10.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if start is None:
+        start = torch.randn(operator.numel, generator=generator, dtype=torch.float64)
+    norm = float(start.norm())
+    if norm == 0:
+        raise ValueError("start must not be the zero vector")
+    steps = min(steps, operator.numel)
+    work = torch.float64 if operator.device.type != "mps" else torch.float32
+    basis = torch.zeros(steps, operator.numel, dtype=work, device=operator.device)
+    basis[0] = start.to(basis) / norm
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    residual = 0.0
+    for k in range(steps):
+        product = (operator @ basis[k].to(operator.dtype)).to(work)
+        if not torch.isfinite(product).all():
+            raise FloatingPointError(f"product {k + 1} with the operator is not finite")
+        diagonal.append(float(basis[k] @ product))
+        # Twice is enough (Kahan): what one pass leaves is of the size of rounding.
+        for _ in range(2):
+            product -= basis[: k + 1].T @ (basis[: k + 1] @ product)
+        residual = float(product.norm())
+        scale = max(map(abs, diagonal + off_diagonal + [torch.finfo(work).tiny]))
+        if k + 1 == steps or residual <= 1e-12 * scale:
+            basis = basis[: k + 1]
+            break
+        off_diagonal.append(residual)
+        basis[k + 1] = product / residual
+    return Tridiagonal(
+        torch.tensor(diagonal, dtype=torch.float64),
+        torch.tensor(off_diagonal[: len(diagonal) - 1], dtype=torch.float64),
+        residual,
+        basis,
+    )
+
+
+def top_eigenvalues(
+    operator: SymmetricOperator,
+    k: int = 1,
+    *,
+    tol: float = 1e-3,
+    max_steps: int = 200,
+    which: str = "magnitude",
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "k p"]]:
+    """The outermost eigenvalues with their eigenvectors.
+
+    Args:
+        operator: symmetric.
+        k: how many.
+        tol: largest residual norm ‖Av − λv‖ relative to |λ_1|.
+        max_steps: products to spend at most.
+        which: `"magnitude"`, `"largest"` or `"smallest"`.
+        generator: source of the random start, on the CPU.
+
+    Returns:
+        Eigenvalues `(k,)`, outermost first, and unit eigenvectors as rows `(k, P)`.
+
+    Raises:
+        ValueError: for `k` outside 1…P or an unknown `which`.
+        RuntimeError: if `max_steps` products do not reach `tol`.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator, top_eigenvalues
+        >>> A = DenseOperator(torch.diag(torch.tensor([1.0, -7.0, 3.0])))
+        >>> top_eigenvalues(A, 2, generator=torch.Generator())[0].tolist()
+        [-7.0, 3.0]
+    """
+    if not 1 <= k <= operator.numel:
+        raise ValueError(f"k must be in 1…{operator.numel}, got {k}")
+    if which not in ("magnitude", "largest", "smallest"):
+        raise ValueError(f"which must be 'magnitude', 'largest' or 'smallest', got {which!r}")
+    steps = min(max(2 * k + 8, 16), max_steps, operator.numel)
+    start = torch.randn(operator.numel, generator=generator, dtype=torch.float64)
+    while True:
+        found = lanczos(operator, steps, start=start)
+        values, vectors = found.eigh()
+        order = {
+            "magnitude": values.abs().argsort(descending=True),
+            "largest": values.argsort(descending=True),
+            "smallest": values.argsort(),
+        }[which][:k]
+        errors = found.residual * vectors[-1, order].abs()
+        exhausted = len(found.diagonal) < steps or steps == operator.numel
+        if exhausted or bool((errors <= tol * values.abs().max()).all()):
+            break
+        if steps >= max_steps:
+            raise RuntimeError(
+                f"{max_steps} products leave a relative residual of "
+                f"{float(errors.max() / values.abs().max()):.1e}, tol is {tol:g}: raise max_steps"
+            )
+        # Restart from the wanted Ritz vectors: what has been learnt is kept in one vector.
+        start = (vectors[:, order].sum(1).to(found.basis) @ found.basis).double()
+        steps = min(2 * steps, max_steps)
+    chosen = vectors[:, order].T.to(found.basis) @ found.basis
+    dtype = operator.dtype
+    return values[order].to(dtype).to(operator.device), chosen.to(dtype)
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """The distribution of a matrix's eigenvalues, estimated by stochastic Lanczos quadrature.
+
+    Args:
+        nodes: Ritz values of all probes, `(probes, m)`; padded with NaN.
+        weights: of the nodes; each probe's sum to 1.
+        numel: number of eigenvalues P.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator, spectral_density
+        >>> A = DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 3.0])))
+        >>> round(spectral_density(A, probes=1, steps=3).moment(1), 4)  # the mean eigenvalue
+        2.0
+    """
+
+    nodes: Float[np.ndarray, "probes m"]
+    weights: Float[np.ndarray, "probes m"]
+    numel: int
+
+    def moment(self, order: int) -> float:
+        """Mean of λ^order over the spectrum; `order=1` times P is the trace."""
+        return float(np.nansum(self.weights * self.nodes**order, axis=1).mean())
+
+    def grid(
+        self, points: int = 1000, sigma: float | None = None, margin: float = 0.05
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Abscissas and a Gaussian-smoothed density that integrates to 1.
+
+        Args:
+            points: number of abscissas.
+            sigma: width of the Gaussians; default 1 % of the spectrum's width.
+            margin: room beyond the outermost nodes, relative to the width.
+        """
+        low, high = float(np.nanmin(self.nodes)), float(np.nanmax(self.nodes))
+        width = (high - low) or max(abs(high), 1.0)
+        sigma = 0.01 * width if sigma is None else sigma
+        reach = max(margin * width, 6 * sigma)
+        x = np.linspace(low - reach, high + reach, points)
+        nodes, weights = self.nodes.ravel(), self.weights.ravel()
+        kept = ~np.isnan(nodes)
+        bells = np.exp(-0.5 * ((x[:, None] - nodes[kept]) / sigma) ** 2)
+        density = bells @ weights[kept] / len(self.nodes)
+        return x, density / np.trapezoid(density, x)
+
+
+def spectral_density(
+    operator: SymmetricOperator,
+    *,
+    probes: int = 8,
+    steps: int = 64,
+    generator: torch.Generator | None = None,
+) -> SpectralDensity:
+    """Stochastic Lanczos quadrature with Rademacher probes.
+
+    Args:
+        operator: symmetric.
+        probes: number of random vectors.
+        steps: Lanczos steps a probe; probes × steps products in all.
+        generator: source of the probes, on the CPU.
+
+    Returns:
+        Nodes and weights of the quadrature.
+
+    Raises:
+        ValueError: if `probes` < 1 or `steps` < 1.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator, spectral_density
+        >>> x, density = spectral_density(DenseOperator(torch.eye(4)), probes=2).grid()
+        >>> bool(abs(x[density.argmax()] - 1) < 0.01)
+        True
+
+    Reference:
+        Ghorbani, Krishnan, Xiao, "An Investigation into Neural Net Optimization via Hessian
+        Eigenvalue Density", ICML 2019.
+    """
+    if probes < 1:
+        raise ValueError(f"probes must be at least 1, got {probes}")
+    nodes, weights = [], []
+    for _ in range(probes):
+        signs = torch.randint(2, (operator.numel,), generator=generator)
+        values, vectors = lanczos(operator, steps, start=2.0 * signs.double() - 1).eigh()
+        nodes.append(values.numpy())
+        weights.append(vectors[0].square().numpy())
+    length = max(map(len, nodes))
+    padded = np.full((2, probes, length), np.nan)
+    for row, (node, weight) in enumerate(zip(nodes, weights, strict=True)):
+        padded[0, row, : len(node)], padded[1, row, : len(node)] = node, weight
+    return SpectralDensity(padded[0], padded[1], operator.numel)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean of random draws with its standard error.
+
+    Args:
+        mean: the estimate.
+        standard_error: of the mean, same shape.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator, hutchinson_trace
+        >>> A = DenseOperator(torch.eye(3))
+        >>> float(hutchinson_trace(A, probes=2).mean)
+        3.0
+    """
+
+    mean: Tensor
+    standard_error: Tensor
+
+
+def hutchinson_trace(
+    operator: SymmetricOperator, *, probes: int = 16, generator: torch.Generator | None = None
+) -> Estimate:
+    """Unbiased estimate of the trace, E[vᵀAv] over random signs v.
+
+    Args:
+        operator: symmetric.
+        probes: products to spend, at least 2.
+        generator: source of the signs, on the CPU.
+
+    Raises:
+        ValueError: if `probes` < 2, from which no standard error can be had.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator, hutchinson_trace
+        >>> A = DenseOperator(torch.diag(torch.tensor([1.0, 5.0])))  # exact for diagonal matrices
+        >>> hutchinson_trace(A).mean.item()
+        6.0
+    """
+    return _hutchinson(operator, probes, generator, lambda v, product: (v * product).sum())
+
+
+def hutchinson_diagonal(
+    operator: SymmetricOperator, *, probes: int = 16, generator: torch.Generator | None = None
+) -> Estimate:
+    """Unbiased estimate of the diagonal, E[v ⊙ Av] over random signs v.
+
+    Args:
+        operator: symmetric.
+        probes: products to spend, at least 2.
+        generator: source of the signs, on the CPU.
+
+    Raises:
+        ValueError: if `probes` < 2, from which no standard error can be had.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator, hutchinson_diagonal
+        >>> hutchinson_diagonal(DenseOperator(torch.diag(torch.tensor([1.0, 5.0])))).mean
+        tensor([1., 5.])
+
+    Reference:
+        Bekas, Kokiopoulou, Saad, "An Estimator for the Diagonal of a Matrix", 2007.
+    """
+    return _hutchinson(operator, probes, generator, lambda v, product: v * product)
+
+
+def _hutchinson(operator, probes, generator, statistic) -> Estimate:
+    if probes < 2:
+        raise ValueError(f"probes must be at least 2, got {probes}")
+    draws = []
+    for _ in range(probes):
+        signs = torch.randint(2, (operator.numel,), generator=generator)
+        v = (2 * signs - 1).to(operator.dtype).to(operator.device)
+        draws.append(statistic(v, operator @ v))
+    stacked = torch.stack(draws)
+    return Estimate(stacked.mean(0), stacked.std(0) / probes**0.5)

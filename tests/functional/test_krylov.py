@@ -1,0 +1,101 @@
+"""Krylov methods against dense eigendecompositions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assay.functional import (
+    DenseOperator,
+    hutchinson_diagonal,
+    hutchinson_trace,
+    lanczos,
+    spectral_density,
+    top_eigenvalues,
+)
+
+
+def _symmetric(n, seed=0):
+    a = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (a + a.T) / 2
+
+
+@given(st.integers(1, 30), st.integers(0, 1000))
+def test_full_lanczos_is_the_eigendecomposition(n, seed):
+    A = _symmetric(n, seed)
+    found = lanczos(DenseOperator(A), n, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(found.eigh()[0], torch.linalg.eigvalsh(A), atol=1e-9, rtol=0)
+    Q = found.basis
+    torch.testing.assert_close(
+        Q @ Q.T, torch.eye(len(Q), dtype=torch.float64), atol=1e-12, rtol=0
+    )
+
+
+def test_no_ghosts_when_one_eigenvalue_is_far_out():
+    A = torch.diag(torch.cat([torch.tensor([1e4]), torch.linspace(0, 1, 199)]).double())
+    values, _ = lanczos(DenseOperator(A), 60, generator=torch.Generator().manual_seed(0)).eigh()
+    assert (values > 5e3).sum() == 1
+
+
+@pytest.mark.parametrize("which", ["magnitude", "largest", "smallest"])
+def test_outermost_eigenvalues_with_their_vectors(which):
+    A = _symmetric(300)
+    exact = torch.linalg.eigvalsh(A)
+    wanted = {
+        "magnitude": exact[exact.abs().argsort(descending=True)],
+        "largest": exact.flip(0),
+        "smallest": exact,
+    }[which][:4]
+    values, vectors = top_eigenvalues(
+        DenseOperator(A), 4, tol=1e-8, which=which, generator=torch.Generator().manual_seed(1)
+    )
+    torch.testing.assert_close(values, wanted, atol=1e-6, rtol=0)
+    residual = (A @ vectors.T - vectors.T * values).norm(dim=0)
+    assert residual.max() < 1e-6 * exact.abs().max()
+
+
+def test_too_few_products_are_an_error_not_a_wrong_number():
+    with pytest.raises(RuntimeError, match="raise max_steps"):
+        top_eigenvalues(DenseOperator(_symmetric(300)), 4, tol=1e-10, max_steps=20)
+
+
+def test_quadrature_has_the_moments_and_mass_of_the_spectrum():
+    A = _symmetric(200)
+    found = spectral_density(
+        DenseOperator(A), probes=40, steps=30, generator=torch.Generator().manual_seed(0)
+    )
+    x, density = found.grid()
+    assert np.trapezoid(density, x) == pytest.approx(1, abs=1e-8)
+    exact = torch.linalg.eigvalsh(A)
+    # Hutchinson's variance is 2‖offdiag A²‖²: five standard errors.
+    square = A @ A
+    spread = (2 * (square.square().sum() - square.diag().square().sum())).sqrt() / 200
+    assert abs(found.moment(2) - exact.square().mean()) < 5 * spread / math.sqrt(40)
+    share = density[x > 0].sum() / density.sum()
+    assert share == pytest.approx((exact > 0).double().mean().item(), abs=0.03)
+
+
+def test_hutchinson_is_unbiased_and_its_error_is_honest():
+    A = _symmetric(50)
+    g = torch.Generator().manual_seed(0)
+    trace = hutchinson_trace(DenseOperator(A), probes=4000, generator=g)
+    assert abs(trace.mean - A.trace()) < 4 * trace.standard_error
+    diagonal = hutchinson_diagonal(DenseOperator(A), probes=4000, generator=g)
+    z = (diagonal.mean - A.diag()) / diagonal.standard_error
+    assert z.abs().max() < 4.5
+    assert z.square().mean() == pytest.approx(1, abs=5 * math.sqrt(2 / 50))
+
+
+def test_what_is_not_finite_is_an_error():
+    A = torch.eye(3)
+    operator = DenseOperator(A)
+    operator.matrix = A * torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        lanczos(operator, 2)
+    with pytest.raises(ValueError, match="zero vector"):
+        lanczos(DenseOperator(A), 2, start=torch.zeros(3))
+    with pytest.raises(ValueError, match="symmetric"):
+        DenseOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
