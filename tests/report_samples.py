@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from assay.lab import Claim, Lab, Paper, Result, at_least, at_most, between
-from assay.lab.result import ClaimResult, Figure, PaperCard, Provenance, write_atomically
+from assay.lab.result import (
+    ClaimResult,
+    Figure,
+    Measurement,
+    PaperCard,
+    Provenance,
+    write_atomically,
+)
 
 SVG = """<?xml version="1.0" encoding="utf-8"?>
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 460 260" width="460" height="260">
@@ -103,11 +110,10 @@ def write_result(
     for claim in CLAIMS:
         values = MEASURED.get(claim.id, [])
         if claim.kind == "exact":
-            lab.measure(claim.id, values)
+            measurements = [Measurement(value=v) for v in values]
         else:
-            for seed, value in enumerate(values[:seeds]):
-                lab.measure(claim.id, value, seed=seed)
-        claims.append(ClaimResult.of(claim, lab.measurements[claim.id], preset))
+            measurements = [Measurement(value=v, seed=s) for s, v in enumerate(values[:seeds])]
+        claims.append(ClaimResult.of(claim, measurements, preset))
     result = Result(
         paper=PaperCard.of(paper), preset=preset, seeds=list(range(seeds)), claims=claims,
         config={"data": "digits", "workers": 4, "lr": 0.05, "sizes": [64, 32], "momentum": None},

@@ -77,7 +77,7 @@ def claims_table(claims: Sequence[Claim], result: Result | None) -> str:
                 text(claim.statement),
                 claim.kind,
                 text(claim.paper) or "–",
-                bound_text(claim.expect) or "none",
+                bound_text(claim.expect).replace(" ", "\u00a0") or "none",
                 figure_measured(judged) if judged else "–",
                 badge(judged.verdict if judged else NOT_MEASURED),
             )
@@ -124,21 +124,23 @@ def _claims(experiment: Experiment, result: Result | None) -> str:
         parts.append(f"This paper is {NOT_MEASURED}: there is no committed result of it.")
     parts.append(claims_table(experiment.claims, result))
     parts.append("[What kinds, bounds and verdicts mean](../claims.md).")
-    hows = [f"- *{text(c.statement)}*: {text(c.how)}" for c in experiment.claims if c.how]
+    hows = [f"    - *{text(c.statement)}*: {text(c.how)}" for c in experiment.claims if c.how]
     if hows:
-        parts.append("### How each is measured\n\n" + "\n".join(hows))
+        parts.append('??? note "How each is measured"\n\n' + "\n".join(hows))
     if result is not None:
-        parts.append(_discussions(result))
+        parts.append(_discussions(experiment, result))
     return "\n\n".join(part for part in parts if part)
 
 
-def _discussions(result: Result) -> str:
+def _discussions(experiment: Experiment, result: Result) -> str:
+    # An explanation is written after the measurement, so the code may know more than the result.
+    written = {claim.id: claim.discussion for claim in experiment.claims}
     open_claims = [c for c in result.claims if c.verdict in ("fails", "inconclusive")]
     if not open_claims:
         return ""
     items = []
     for claim in open_claims:
-        explanation = text(claim.discussion) or "Not explained yet."
+        explanation = text(written.get(claim.id) or claim.discussion) or "Not explained yet."
         items.append(f"{badge(claim.verdict)} **{text(claim.statement)}**\n\n{explanation}")
     return "### What does not hold here\n\n" + "\n\n".join(items)
 
@@ -277,13 +279,13 @@ def results_gallery(results: dict[str, Result]) -> str:
     for experiment in all_experiments():
         paper = experiment.paper
         result = results.get(paper.slug)
-        link = f"[{paper.slug}](papers/{paper.slug}.md)"
+        link = f"[`{paper.slug}`](papers/{paper.slug}.md)"
         if result is None:
             rows.append((link, paper.topic, badge(NOT_MEASURED), "–", "–", "–"))
             continue
         every += result.claims
         made = result.provenance
-        seeds, when = str(len(result.seeds)), f"{made.started:%Y-%m-%d}"
+        seeds, when = str(len(result.seeds)), f"`{made.started:%Y-%m-%d}`"
         counts = verdict_counts(result.claims)
         rows.append((link, paper.topic, counts, seeds, duration(made.seconds), when))
     body = table(("Paper", "Topic", "Verdicts of its claims", "Seeds", "Time", "Measured"), rows)

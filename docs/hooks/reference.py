@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from functools import cache
 from typing import Any
 
@@ -31,24 +32,38 @@ def _first_line(thing: Any) -> str:
 
 
 @cache
-def _exported() -> dict[str, str]:
-    """Every documented object's public name, by any dotted name that it is known under."""
+def _identifiers(package: str) -> dict[str, str]:
+    """The dotted name under which mkdocstrings finds each object that a package exports."""
+    module = importlib.import_module(package)
+    found = {}
+    for name in module.__all__:
+        thing, public = getattr(module, name), f"{package}.{name}"
+        # A function can have the name of its module, which would be described instead.
+        if public in sys.modules:
+            public = f"{thing.__module__}.{thing.__qualname__}"
+        if not inspect.ismodule(thing):
+            found[name] = public
+    return found
+
+
+@cache
+def _known() -> dict[str, str]:
+    """The identifier of every described object, by each dotted name that it has."""
     known = {}
-    for package in (*topics(), *FOUNDATIONS, "data"):
-        module = importlib.import_module(f"assay.{package}")
-        for name in module.__all__:
-            public = f"assay.{package}.{name}"
+    for package in (f"assay.{name}" for name in (*topics(), *FOUNDATIONS, "data")):
+        module = importlib.import_module(package)
+        for name, identifier in _identifiers(package).items():
+            known[f"{package}.{name}"] = identifier
             thing = getattr(module, name)
-            known[public] = public
             if inspect.isclass(thing) or inspect.isfunction(thing):
-                known.setdefault(f"{thing.__module__}.{thing.__qualname__}", public)
+                known.setdefault(f"{thing.__module__}.{thing.__qualname__}", identifier)
     return known
 
 
 def link(name: str) -> str:
     """A dotted name, linked to its description if it has one."""
-    public = _exported().get(name)
-    return f"[`{name}`][{public}]" if public else f"`{name}`"
+    identifier = _known().get(name)
+    return f"[`{name}`][{identifier}]" if identifier else f"`{name}`"
 
 
 def summary(name: str) -> str:
@@ -96,10 +111,10 @@ def page(package: str) -> str:
 def api(package: str) -> str:
     """What a package exports: an overview, then each object."""
     module = importlib.import_module(package)
-    names = [n for n in module.__all__ if not inspect.ismodule(getattr(module, n))]
-    rows = [f"| [`{n}`][{package}.{n}] | {_table_text(getattr(module, n))} |" for n in names]
+    identifiers = _identifiers(package)
+    rows = [f"| [`{n}`][{i}] | {_table_text(getattr(module, n))} |" for n, i in identifiers.items()]
     overview = "\n".join(["| Name | What it is |", "| --- | --- |", *rows])
-    objects = "\n\n".join(f"::: {package}.{name}" for name in names)
+    objects = "\n\n".join(f"::: {identifier}" for identifier in identifiers.values())
     return f"## API\n\n{overview}\n\n{objects}\n"
 
 

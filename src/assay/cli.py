@@ -117,7 +117,7 @@ def list_papers(
 ) -> None:
     """List the papers with their claims."""
     from assay.lab import UsageError, all_experiments
-    from assay.lab.experiment import unknown
+    from assay.lab.usage import unknown
 
     with _clear_errors():
         experiments = list(all_experiments())

@@ -111,6 +111,7 @@ def test_natural_round_writes_in_place_and_passes_gradients_straight_through():
     assert torch.equal(y, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
 def test_natural_round_compiles_to_the_same_numbers():
     compiled = torch.compile(natural_round, backend="aot_eager", fullgraph=True)
     x = torch.randn(64, generator=generator())

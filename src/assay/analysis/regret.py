@@ -243,7 +243,7 @@ def effective_second_moment(state: dict[str, Any], group: dict[str, Any]) -> Ten
 class StepSizeReport:
     """What `StepSizeMonitor` saw.
 
-    Attributes:
+    Args:
         steps: Number of comparisons made (steps after the first).
         share: Share of all (coordinate, step) pairs with Γ < 0, in [0, 1].
         last_share: Share of coordinates with Γ < 0 at the last step.

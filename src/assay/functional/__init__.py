@@ -1,6 +1,7 @@
 """What several topics need of a module: its parameters as a vector, its norms, a training loop."""
 
 from assay.functional.batchnorm import running_norms, update_bn
+from assay.functional.bisection import Bisection, Bracket, bisect, bracket
 from assay.functional.krylov import (
     DenseOperator,
     Estimate,
@@ -61,6 +62,10 @@ __all__ = [
     "hutchinson_diagonal",
     "Likelihood",
     "per_sample_loss",
+    "bracket",
+    "Bracket",
+    "bisect",
+    "Bisection",
     "running_norms",
     "update_bn",
     "fit",

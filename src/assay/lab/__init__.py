@@ -2,7 +2,6 @@
 
 from assay.lab.experiment import (
     Experiment,
-    UsageError,
     all_experiments,
     find_experiment,
     run_experiment,
@@ -20,6 +19,7 @@ from assay.lab.paper import (
     close_to,
 )
 from assay.lab.result import Result, merge
+from assay.lab.usage import UsageError
 
 __all__ = [
     "Paper",

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from assay.lab.experiment import UsageError, find_experiment
+from assay.lab.experiment import find_experiment
 from assay.lab.result import Result, merge
+from assay.lab.usage import UsageError
 
 
 @dataclass(frozen=True)

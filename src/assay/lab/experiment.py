@@ -1,7 +1,6 @@
 """Experiments: found by slug, configured by preset, run to a result."""
 
 import dataclasses
-import difflib
 import importlib
 import os
 import pkgutil
@@ -28,13 +27,10 @@ import assay.experiments
 from assay.lab.lab import Lab
 from assay.lab.paper import Claim, Paper
 from assay.lab.result import ClaimResult, PaperCard, Provenance, Result
+from assay.lab.usage import UsageError, unknown
 
 PRESET_NAMES = ("smoke", "small", "paper")
 DEFAULT_SEEDS = {"smoke": 1, "small": 3, "paper": 5}
-
-
-class UsageError(ValueError):
-    """What a user asked for cannot be done; the message is one line that says what can."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +110,6 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         raise UsageError(f"{name}={text} does not fit: {name} is {kind} ({reason})") from None
 
 
-def unknown(kind: str, name: str, valid: Sequence[str] | Mapping[str, Any], of: str = "") -> str:
-    """One line on an unknown name, with the nearest valid ones.
-
-    Example:
-        >>> unknown("preset", "smal", ["smoke", "small", "paper"])
-        "unknown preset 'smal'; did you mean small?"
-    """
-    valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"there are: {', '.join(valid)}"
-    return f"unknown {kind} {name!r}{f' of {of}' if of else ''}; {hint}"
-
-
 def slugs() -> list[str]:
     """The slugs of all experiments, sorted; imports none of them.
 
@@ -203,7 +186,7 @@ def run_experiment(
         >>> run_experiment(find_experiment("amsgrad"), preset="tiny", directory=tempfile.mkdtemp())
         Traceback (most recent call last):
         ...
-        assay.lab.experiment.UsageError: unknown preset 'tiny'; there are: smoke, small, paper
+        assay.lab.usage.UsageError: unknown preset 'tiny'; there are: smoke, small, paper
     """
     config = experiment.config(preset, overrides)
     if seeds is None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from assay.data import Dataset, load
+from assay.data import Dataset, load, names
 from assay.functional.training import Record, fit
 from assay.lab.checkpoint import Checkpoints
 from assay.lab.paper import Claim
@@ -34,6 +34,7 @@ from assay.lab.result import (
     file_name,
     write_atomically,
 )
+from assay.lab.usage import UsageError, unknown
 
 T = TypeVar("T")
 
@@ -168,7 +169,12 @@ class Lab:
             split: `"train"` or `"test"`.
             limit: at most so many samples, a stratified subset.
             seed: which subset.
+
+        Raises:
+            UsageError: if there is no data set of that name.
         """
+        if name not in names():
+            raise UsageError(unknown("data set", name, names()))
         dataset = load(name, split, limit=limit, seed=seed)
         source = DataSource(
             name=name,

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from pydantic import TypeAdapter
 
 from assay.lab import chart, numerals
-from assay.lab.experiment import UsageError, find_experiment
+from assay.lab.experiment import find_experiment
 from assay.lab.result import (
     Cell,
     ClaimResult,
@@ -34,6 +34,7 @@ from assay.lab.result import (
     file_name,
     write_atomically,
 )
+from assay.lab.usage import UsageError
 
 VERDICTS = ("holds", "fails", "inconclusive", "reported", "not run")
 MAX_VALUES = 200  # of one claim that a page lists; result.json has all

@@ -8,6 +8,7 @@ running maximum of the second moment; AdamNC lets β2 grow with t. Either keeps 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,40 @@ from assay.optim.projected_adam import (
 )
 
 Schedule = Literal["1/t"] | Callable[[Any], Any]
+
+
+def _amsgrad_coefficients(
+    step: Any,
+    *,
+    lr: Any,
+    lr_decay: str | None,
+    beta1: float,
+    beta1_decay: float | str | None,
+    beta2: float,
+    corrected: bool,
+) -> Coefficients:
+    now = decayed_lr(lr, lr_decay, step)
+    momentum = decayed_momentum(beta1, beta1_decay, step)
+    if not corrected:
+        return Coefficients(now, now, momentum, beta2, None)
+    mass = momentum_mass(beta1, beta1_decay, step)
+    return Coefficients(now, now / mass, momentum, beta2, 1 - beta2**step)
+
+
+def _adamnc_coefficients(
+    step: Any,
+    *,
+    lr: Any,
+    lr_decay: str | None,
+    beta1: float,
+    beta1_decay: float | str | None,
+    schedule: Schedule,
+) -> Coefficients:
+    beta2 = 1 - 1 / step if schedule == "1/t" else schedule(step)
+    if not isinstance(beta2, Tensor) and not 0 <= beta2 <= 1:
+        raise ValueError(f"schedule must return β2 in [0, 1], got {beta2} at step {step:.0f}")
+    now = decayed_lr(lr, lr_decay, step)
+    return Coefficients(now, now, decayed_momentum(beta1, beta1_decay, step), beta2, None)
 
 
 def amsgrad(
@@ -94,17 +129,15 @@ def amsgrad(
         Reddi, Kale, Kumar, "On the Convergence of Adam and Beyond", ICLR 2018, Algorithm 2.
     """
     symbolic = capturable or torch.compiler.is_compiling()
-    alpha = plain_lr(lr, symbolic, differentiable)
-
-    def coefficients(step: Any) -> Coefficients:
-        now = decayed_lr(alpha, lr_decay, step)
-        step_size, second_correction = now, None
-        if bias_correction:
-            step_size = now / momentum_mass(beta1, beta1_decay, step)
-            second_correction = 1 - beta2**step
-        momentum = decayed_momentum(beta1, beta1_decay, step)
-        return Coefficients(now, step_size, momentum, beta2, second_correction)
-
+    coefficients = partial(
+        _amsgrad_coefficients,
+        lr=plain_lr(lr, symbolic, differentiable),
+        lr_decay=lr_decay,
+        beta1=beta1,
+        beta1_decay=beta1_decay,
+        beta2=beta2,
+        corrected=bool(bias_correction),
+    )
     update_(
         params,
         grads,
@@ -180,15 +213,14 @@ def adamnc(
         Reddi, Kale, Kumar, "On the Convergence of Adam and Beyond", ICLR 2018, Algorithm 3.
     """
     symbolic = capturable or torch.compiler.is_compiling()
-    alpha = plain_lr(lr, symbolic, differentiable)
-
-    def coefficients(step: Any) -> Coefficients:
-        beta2 = 1 - 1 / step if schedule == "1/t" else schedule(step)
-        if not symbolic and not 0 <= beta2 <= 1:
-            raise ValueError(f"schedule must return β2 in [0, 1], got {beta2} at step {step:.0f}")
-        now = decayed_lr(alpha, lr_decay, step)
-        return Coefficients(now, now, decayed_momentum(beta1, beta1_decay, step), beta2, None)
-
+    coefficients = partial(
+        _adamnc_coefficients,
+        lr=plain_lr(lr, symbolic, differentiable),
+        lr_decay=lr_decay,
+        beta1=beta1,
+        beta1_decay=beta1_decay,
+        schedule=schedule,
+    )
     update_(
         params,
         grads,

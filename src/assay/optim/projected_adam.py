@@ -217,7 +217,7 @@ def _foreach(
             v = highest
         scale = torch._foreach_sqrt(v)
         if options.eps == 0:
-            # 1/0 there makes the step m·0 = 0.
+            # An infinite scale makes the step zero.
             for s in scale:
                 s.masked_fill_(s == 0, math.inf)
         else:
