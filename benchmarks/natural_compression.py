@@ -1,6 +1,7 @@
 """Natural compression: rounding and packing in one pass, and the DDP hook against torch's own."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -72,12 +73,10 @@ def unpacking_against_clone() -> Comparison:
 
 
 def network() -> nn.Module:
-    """Return a network of 5.3 M parameters."""
+    """Return a network of 5.2 M parameters."""
     torch.manual_seed(0)
     sizes = (784, 1536, 1536, 1024, 10)
-    layers = [
-        m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())
-    ]
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 

@@ -30,7 +30,7 @@ HOSTILE = (
 )
 
 PAPER = Paper(
-    slug="natural-compression",
+    slug="sample-compression",
     title="Natural Compression for Distributed Deep Learning with a Title That Is Long Enough to "
     "Need a Second Line",
     authors=("S. Horváth", "C.-Y. Ho", "Ľ. Horváth", "A. N. Sahu", "M. Canini", "P. Richtárik"),

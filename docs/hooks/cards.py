@@ -62,7 +62,8 @@ def figure_measured(claim: ClaimResult) -> str:
     if found is None:
         return "–"
     unit = f" {claim.unit}" if claim.unit else ""
-    interval = f" {found.interval}" if found.interval else ""
+    joint = " " if found.interval.startswith("[") else ", "
+    interval = f"{joint}{found.interval}" if found.interval else ""
     return text(f"{found.estimate}{unit}{interval}") + f"<br><small>{text(found.basis)}</small>"
 
 
@@ -297,8 +298,15 @@ def results_gallery(results: dict[str, Result]) -> str:
 
 
 def short_claims_table(slug: str, results: Path) -> str:
-    """Claim, paper, bound, measurement and verdict of one committed result."""
+    """Some claims of one committed result: the first of each kind and verdict."""
     found = ledger(results).get(slug)
     if found is None:
         return f"*The committed result of {slug} is {NOT_MEASURED}.*"
-    return claims_table([claim.claim() for claim in found.claims], found)
+    some: dict[tuple[str, str], Claim] = {}
+    for claim in found.claims:
+        some.setdefault((claim.kind, claim.verdict), claim.claim())
+    return (
+        f"{claims_table(list(some.values()), found)}\n\n"
+        f"{len(some)} of its {len(found.claims)} claims ([all of them](papers/{slug}.md)): "
+        f"{verdict_counts(found.claims)}"
+    )

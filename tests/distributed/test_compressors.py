@@ -77,7 +77,7 @@ UNBIASED = [c for c in ALL if c.unbiased and math.isfinite(c.omega(6))]
 @pytest.mark.parametrize("compressor", UNBIASED, ids=repr)
 def test_unbiased_with_the_variance_it_declares(compressor):
     x = torch.tensor([4 / 3, -0.1, 0.01, 3.0, 0.0, -2.5], dtype=torch.float64)
-    g, draws = generator(), 1000
+    g, draws = generator(), 500
     y = torch.stack(
         [compressor.decompress(compressor.compress(x, generator=g)) for _ in range(draws)]
     )
@@ -111,7 +111,9 @@ def test_natural_round_writes_in_place_and_passes_gradients_straight_through():
     assert torch.equal(y, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # dynamo's own
 def test_natural_round_compiles_to_the_same_numbers():
     compiled = torch.compile(natural_round, backend="aot_eager", fullgraph=True)
     x = torch.randn(64, generator=generator())

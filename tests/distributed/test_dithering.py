@@ -37,7 +37,7 @@ def test_variance_stays_below_omega(kind, p, levels):
 @pytest.mark.parametrize("kind", KINDS)
 def test_closed_form_variance_is_the_measured_one(kind):
     x = vectors(200)["gaussian"]
-    dithering, draws = kind(3), 800
+    dithering, draws = kind(3), 400
     g = torch.Generator().manual_seed(1)
     errors = torch.stack(
         [

@@ -174,3 +174,13 @@ def test_result_of_another_schema_is_refused_with_its_path(tmp_path):
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(ValueError, match="is not a result of Assay"):
         Result.read(tmp_path)
+
+
+def test_measured_figures_keep_all_their_digits(tmp_path):
+    from assay.lab import Claim, Lab, at_most
+
+    lab = Lab("demo", [Claim("a", "A", expect=at_most(1))], directory=tmp_path)
+    figure = 1.0000000001
+    for value in (figure, [figure], torch.tensor(figure, dtype=torch.float64), [torch.tensor(1)]):
+        lab.measure("a", value)
+    assert [m.value for m in lab.measurements["a"]] == [figure, figure, figure, 1.0]

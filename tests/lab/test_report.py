@@ -117,7 +117,7 @@ def test_a_report_shows_everything_that_was_found(folder, result):
         "1.037", "[0.998, 1.094]", "bootstrap interval of the median", "seed 4", "≤ 1.125",
         "Table 1: Ablations.", "0.9491", "Figure 2: time by bandwidth.", "gradient norm",
         "token bucket", "embedded", "workers", "4f1c2a9d", "4 min 44 s", "AMD EPYC", "2.13.0",
-        "2026-03-14 15:09:26 UTC", "assay run natural-compression --preset small --seeds 5",
+        "2026-03-14 15:09:26 UTC", "assay run sample-compression --preset small --seeds 5",
     ):  # fmt: skip
         assert expected in text
     assert PAPER.url in page.attributes("href")
@@ -319,7 +319,7 @@ def test_the_command_of_an_unknown_experiment_names_every_setting(result, monkey
     config = {"name": "a b; rm -rf /", "nesterov": True}
     words = shlex.split(command_line(changed(result, provenance=precise, config=config)))
     assert words == [
-        "assay", "run", "natural-compression", "--preset", "small", "--seeds", "5",
+        "assay", "run", "sample-compression", "--preset", "small", "--seeds", "5",
         "--device", "cpu", "--precision", "bf16-mixed",
         "--set", "name=a b; rm -rf /", "--set", "nesterov=true",
     ]  # fmt: skip
@@ -342,9 +342,9 @@ def test_a_gallery_links_a_report_and_a_thumbnail_for_each_run(tmp_path):
     assert_well_formed(page)
     reports = [h for h in page.attributes("href") if h.startswith("reports/")]
     assert sorted(reports) == [
-        "reports/natural-compression-small.2.html",
-        "reports/natural-compression-small.html",
-        "reports/natural-compression-smoke.html",
+        "reports/sample-compression-small.2.html",
+        "reports/sample-compression-small.html",
+        "reports/sample-compression-smoke.html",
     ]
     assert len(page.attributes("src")) == 2
     for address in reports + page.attributes("src"):

@@ -24,10 +24,14 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 AMSGRAD = dataclasses.replace(
-    PAPER, slug="amsgrad", title="On the Convergence of Adam and Beyond", topic="optim", year=2018
+    PAPER,
+    slug="sample-amsgrad",
+    title="On the Convergence of Adam and Beyond",
+    topic="optim",
+    year=2018,
 )
 DROPOUT = dataclasses.replace(
-    PAPER, slug="mc-dropout", title="Dropout as a Bayesian Approximation", topic="uncertainty",
+    PAPER, slug="sample-dropout", title="Dropout as a Bayesian Approximation", topic="uncertainty",
     year=2016,
 )  # fmt: skip
 

@@ -1,5 +1,41 @@
-"""Measurements on training: regret, step sizes, spectra, what a network has learned."""
+"""Measurements on training and on trained networks: regret, step sizes, decision boundaries."""
 
+from assay.analysis.autoencoder import ConvAutoencoder, DenseAutoencoder
+from assay.analysis.boundary_geometry import (
+    Separation,
+    boundary_entropy,
+    embedding_linearity,
+    input_complexity,
+    margin,
+    nearest_neighbour,
+)
+from assay.analysis.classifier import Classifier, embedding_of
+from assay.analysis.decision_boundary import (
+    BoundarySamples,
+    DeepDIG,
+    bisect_boundary,
+    nearest_embedding_pairs,
+    random_pairs,
+)
+from assay.analysis.learning_order import (
+    CorrectnessRecorder,
+    NestedLearning,
+    OrderCorrelation,
+    accessibility,
+    agreement_icc,
+    agreement_table,
+    bimodality,
+    binomial_null,
+    class_table,
+    extent_at_accuracy,
+    extreme_share,
+    from_staged,
+    log_spaced_steps,
+    nested_learning,
+    order_correlation,
+    total_agreement,
+    tp_agreement,
+)
 from assay.analysis.regret import (
     RegretTracker,
     StepSizeMonitor,
@@ -7,4 +43,41 @@ from assay.analysis.regret import (
     amsgrad_regret_bound,
 )
 
-__all__ = ["RegretTracker", "StepSizeMonitor", "StepSizeReport", "amsgrad_regret_bound"]
+__all__ = [
+    "RegretTracker",
+    "StepSizeMonitor",
+    "StepSizeReport",
+    "amsgrad_regret_bound",
+    "DeepDIG",
+    "BoundarySamples",
+    "bisect_boundary",
+    "random_pairs",
+    "nearest_embedding_pairs",
+    "nearest_neighbour",
+    "embedding_of",
+    "input_complexity",
+    "embedding_linearity",
+    "Separation",
+    "boundary_entropy",
+    "margin",
+    "Classifier",
+    "DenseAutoencoder",
+    "ConvAutoencoder",
+    "CorrectnessRecorder",
+    "log_spaced_steps",
+    "from_staged",
+    "tp_agreement",
+    "total_agreement",
+    "accessibility",
+    "bimodality",
+    "extreme_share",
+    "agreement_icc",
+    "binomial_null",
+    "agreement_table",
+    "class_table",
+    "order_correlation",
+    "OrderCorrelation",
+    "nested_learning",
+    "NestedLearning",
+    "extent_at_accuracy",
+]

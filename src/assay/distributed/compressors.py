@@ -29,15 +29,15 @@ __all__ = [
 class Compressor(Protocol):
     """What hooks and simulations ask of a compressor.
 
-    Attributes:
-        unbiased: Whether E decompress(compress(x)) = x.
-
     Example:
         >>> isinstance(NaturalCompressor(), Compressor)
         True
     """
 
-    unbiased: bool
+    @property
+    def unbiased(self) -> bool:
+        """Whether E decompress(compress(x)) = x."""
+        ...
 
     def compress(self, x: Tensor, *, generator: Generator | None = None) -> Payload:
         """Turn a floating-point tensor of any shape into what is sent."""

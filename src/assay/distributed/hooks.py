@@ -189,41 +189,44 @@ def _in_order(
 
 @torch.no_grad()
 def _into_buffer(average: Callable, state: CompressionState, buffer: Tensor) -> Tensor:
-    wide = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
-    return buffer.copy_(_fitting(average(state, wide), buffer.dtype))
+    wide = buffer.to(torch.promote_types(buffer.dtype, torch.float32))  # itself, unless 16 bits
+    average(state, wide)
+    return buffer if wide is buffer else buffer.copy_(_fitting(wide, buffer.dtype))
 
 
 def _fitting(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounding up must not turn what `dtype` can hold into infinity."""
+    if x.dtype == dtype:
+        return x
     largest = torch.finfo(dtype).max
     return torch.where(x.isfinite(), x.clamp(-largest, largest), x)
 
 
-def _average(state: CompressionState, x: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    total = x / state.world_size
-    dist.all_reduce(total, group=state.group)
-    state.bytes_sent += _ring_bytes(total, state.world_size)
-    return total
+# Each of these replaces x by the average over ranks, in place.
 
 
-def _average_compressed(state: CompressionState, x: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+def _average(state: CompressionState, x: Float[Tensor, " d"]) -> None:
+    x /= state.world_size
+    dist.all_reduce(x, group=state.group)
+    state.bytes_sent += _ring_bytes(x, state.world_size)
+
+
+def _average_compressed(state: CompressionState, x: Float[Tensor, " d"]) -> None:
     shards = x.tensor_split(state.world_size)
     messages = [state.worker.compress(s, generator=state.generator).to_bytes() for s in shards]
     received, sent = _exchange(messages, state.group)
     state.bytes_sent += sent
     total = _decoded_sum(received, shards[state.rank], state.worker)
     message = state.master.compress(total, generator=state.generator).to_bytes()
-    # The owner alone draws for its shard; to itself it sends it too, so that all decode alike.
+    # The owner alone draws for its shard; it sends it to itself too, so that all decode alike.
     received, sent = _exchange([message] * state.world_size, state.group)
     state.bytes_sent += sent
-    parts = [
-        state.master.decompress(Payload.from_bytes(m, shard.shape, x.dtype))
-        for m, shard in zip(received, shards, strict=True)
-    ]
-    return torch.cat(parts) / state.world_size
+    for theirs, shard in zip(received, shards, strict=True):
+        shard.copy_(state.master.decompress(Payload.from_bytes(theirs, shard.shape, x.dtype)))
+    x /= state.world_size
 
 
-def _average_integers(state: CompressionState, x: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+def _average_integers(state: CompressionState, x: Float[Tensor, " d"]) -> None:
     n, compressor = state.world_size, NaturalCompressor()
     rounded = compressor.decompress(compressor.compress(x, generator=state.generator))
     # The first rank's seed comes with the exponent: all round the sum with the same numbers.
@@ -234,12 +237,13 @@ def _average_integers(state: CompressionState, x: Float[Tensor, " d"]) -> Float[
     state.bytes_sent += _ring_bytes(agreed, n)
     exponent, seed = agreed.tolist()
     if exponent == integers.NOT_FINITE:
-        return _average(state, x)
+        _average(state, x)
+        return
     total = integers.to_integers(rounded, exponent, n, state.generator)
     dist.all_reduce(total, group=state.group)
     state.bytes_sent += _ring_bytes(total, n)
     master = seed if isinstance(state.master, NaturalCompressor) else None
-    return integers.from_integers(total, exponent, n, x.dtype, master) / n
+    x.copy_(integers.from_integers(total, exponent, n, x.dtype, master)).div_(n)
 
 
 class CompressedReduceScatter:
@@ -330,10 +334,13 @@ def _exchange(
 
 
 def _decoded_sum(messages: list[Tensor], like: Tensor, compressor: Compressor) -> Tensor:
-    total = torch.zeros_like(like)
-    for message in messages:
-        total += compressor.decompress(Payload.from_bytes(message, like.shape, like.dtype))
-    return total
+    first, *others = (
+        compressor.decompress(Payload.from_bytes(message, like.shape, like.dtype))
+        for message in messages
+    )
+    for other in others:
+        first += other
+    return first
 
 
 def _ring_bytes(x: Tensor, workers: int) -> int:

@@ -49,7 +49,7 @@ class Payload:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are sent."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def to_bytes(self) -> UInt8[Tensor, " bytes"]:
         """One message for the wire.
@@ -58,14 +58,16 @@ class Payload:
             The tensors one after the other (each padded to 8 bytes) behind a header of 8 bytes and
             8 bytes a tensor that holds their dtypes and sizes.
         """
-        device = self.tensors[0].device
+        sizes = [_padded(tensor.nbytes) for tensor in self.tensors]
         header = [len(self.tensors)]
-        parts = []
-        for tensor in self.tensors:
-            header.append((tensor.numel() << 8) | _DTYPES.index(tensor.dtype))
-            part = tensor.contiguous().view(-1).view(torch.uint8)
-            parts.append(torch.nn.functional.pad(part, (0, -len(part) % _ALIGNMENT)))
-        return torch.cat([torch.tensor(header, device=device).view(torch.uint8), *parts])
+        header += [(t.numel() << 8) | _DTYPES.index(t.dtype) for t in self.tensors]
+        message = self.tensors[0].new_zeros(8 * len(header) + sum(sizes), dtype=torch.uint8)
+        message[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header))
+        end = 8 * len(header)
+        for tensor, size in zip(self.tensors, sizes, strict=True):
+            message[end : end + tensor.nbytes].view(tensor.dtype).copy_(tensor.view(-1))
+            end += size
+        return message
 
     @staticmethod
     def from_bytes(
@@ -90,8 +92,12 @@ class Payload:
             if end > len(message):
                 raise ValueError(f"message must hold {end} bytes, got {len(message)}")
             tensors.append(message[position:end].view(kind))
-            position = end + -end % _ALIGNMENT
+            position = _padded(end)
         return Payload(tuple(tensors), tuple(shape), dtype)
+
+
+def _padded(size: int) -> int:
+    return size + -size % _ALIGNMENT
 
 
 def pack_fields(fields: Int[Tensor, " n"], width: int) -> UInt8[Tensor, " bytes"]:

@@ -47,9 +47,9 @@ PAPER = Paper(
     ),
 )
 
-_PARITY = (
-    "With both methods tuned on one grid the difference is small; later literature, too, finds "
-    "parity between Adam and AMSGrad on such problems."
+_LIMITS = (
+    "Reported, not gated. The runs have a fixed number of epochs, and where a network fits its "
+    "training data the relative gap compares two numbers near zero; see the test losses."
 )
 
 CLAIMS = (
@@ -148,7 +148,8 @@ CLAIMS = (
         expect=at_most(-0.9),
         over_seeds="every",
         how="as above, β2_t = 1 − 1/t",
-        discussion="The position only settles after some 10⁵ steps.",
+        discussion="AdamNC is slow, not wrong: from a start at +0.72 it is at −0.44 after 3·10⁵ steps "
+        "and, by the scalar recursion, at −0.99 after 10⁶; from 0 it arrives in time (table).",
     ),
     Claim(
         "stochastic-adam",
@@ -217,7 +218,7 @@ CLAIMS = (
         paper="lower (Figure 2)",
         unit="relative",
         how="(AMSGrad − Adam)/Adam, final training loss, α/√t, both tuned over one grid of α, β2",
-        discussion=_PARITY,
+        discussion=_LIMITS,
     ),
     Claim(
         "mlp-train-gap",
@@ -225,7 +226,7 @@ CLAIMS = (
         paper="lower (Figure 2)",
         unit="relative",
         how="as above, constant α",
-        discussion=_PARITY,
+        discussion=_LIMITS,
     ),
     Claim(
         "cifarnet-train-gap",
@@ -268,8 +269,8 @@ class Config:
     data: str = "mnist5k"
     epochs: int = 20
     batch_size: int = 128
-    logistic_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
-    mlp_lrs: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01)
+    logistic_lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    mlp_lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
     beta2s: tuple[float, ...] = (0.99, 0.999)
     cifarnet: bool = False
     cifarnet_lrs: tuple[float, ...] = (0.0001, 0.0003, 0.001, 0.003)
@@ -420,7 +421,7 @@ def measure_theorem_1(lab: Lab, config: Config) -> None:
     axes.set(xlabel="step", ylabel="average regret")
     axes.legend()
     lab.figure("theorem-1-regret", figure, caption="Adam's average regret does not vanish.")
-    bound_steps = min(steps, 3_000)
+    bound_steps = steps // 10
     lab.measure("regret-bound", lab.stage("regret-bound", lambda: share_of_bound(C, bound_steps)))
 
 
@@ -505,8 +506,10 @@ def measure_experiments(lab: Lab, config: Config) -> None:
     """The paper's two synthetic experiments."""
     steps, betas = config.online_steps, (0.9, 0.99)
     at = marks(steps)
+    # The first path starts at 0 and only enters the table; the claims are on the seeds' starts.
     starts = torch.cat(
-        [
+        [torch.zeros(1, dtype=torch.float64)]
+        + [
             torch.rand(1, generator=lab.generator("start", seed), dtype=torch.float64) * 2 - 1
             for seed in lab.seeds
         ]
@@ -527,11 +530,15 @@ def measure_experiments(lab: Lab, config: Config) -> None:
             ),
         )
         axes.semilogx(at, found["positions"][:, 0], label=method)
-        for seed, x in zip(lab.seeds, found["x"].tolist(), strict=True):
+        for seed, x in zip(lab.seeds, found["x"][1:].tolist(), strict=True):
             lab.measure(f"online-{method.lower()}", x, seed=seed)
-        average = (found["regrets"][-1] / steps).mean().item()
-        rows.append({"method": method, "mean x": found["x"].mean().item(), "mean R/T": average})
-    lab.table("online experiment", rows, caption=f"{steps:,} steps, mean over starts.")
+        rows += [
+            {"method": method, "start": start, "x": x, "R/T": regret / steps}
+            for start, x, regret in zip(
+                starts.tolist(), found["x"].tolist(), found["regrets"][-1].tolist(), strict=True
+            )
+        ]
+    lab.table("online experiment", rows, caption=f"{steps:,} steps from each start.")
     axes.set(xlabel="step", ylabel="x", ylim=(-1.05, 1.05))
     axes.legend()
     lab.figure("online", figure, caption="The best point is −1; Adam goes to +1.")
@@ -703,6 +710,8 @@ def compare_on_networks(lab: Lab, config: Config) -> None:
         for method, (lr, beta2) in chosen.items():
             ends = [train_once(lab, config, task, method, lr, beta2, s) for s in lab.seeds]
             losses[method] = [end["train_loss"] for end in ends]
+            if len(task.lrs) > 1 and lr in (min(task.lrs), max(task.lrs)):
+                lab.note(f"{task.name}, {method}: the chosen α = {lr} is at the edge of its grid.")
             means = torch.tensor([list(end.values()) for end in ends]).mean(0).tolist()
             row = dict(zip(ends[0], means, strict=True))
             rows.append({"task": task.name, "method": method, "α": lr, "β2": beta2, **row})
@@ -712,6 +721,11 @@ def compare_on_networks(lab: Lab, config: Config) -> None:
             for seed in lab.seeds:
                 share = growing_share(lab, config, task, *chosen["Adam"], seed)
                 lab.measure("gamma-adam", share, seed=seed)
+    lab.note(
+        "The grids of α were widened once, for all methods alike, after a first run of `small` in "
+        "which every method chose the upper edge (logistic 0.3, MLP 0.01); there the relative "
+        "training-loss gaps were +1.00 and +0.70 (AMSGrad higher)."
+    )
     lab.table(
         "networks",
         rows,

@@ -354,7 +354,7 @@ def standardised(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
     """Both sets with the training set's mean and standard deviation a channel at 0 and 1."""
     mean = train.x.mean(dim=(0, 2, 3), keepdim=True)
     std = train.x.std(dim=(0, 2, 3), keepdim=True)
-    return tuple(replace(data, x=(data.x - mean) / std) for data in (train, test))
+    return replace(train, x=(train.x - mean) / std), replace(test, x=(test.x - mean) / std)
 
 
 def convolutions_with_batchnorm(channels: int, classes: int) -> nn.Sequential:
@@ -380,7 +380,8 @@ def check_exact_claims(task: Task) -> None:
         ends = [task.network("conv-bn") for _ in range(2)]
         curves = [kind(ends, bends) for bends in (3, 4, 5, 6) for kind in (BezierCurve, PolyChain)]
         for curve in curves:
-            nn.init.normal_(curve.inner)
+            for bend in curve.inner:
+                nn.init.normal_(bend)
         lab.measure("ends-bitwise", sum(differing_ends(curve, ends) for curve in curves))
 
         t = torch.linspace(0, 1, 1001, dtype=torch.float64)
@@ -407,7 +408,7 @@ def differing_ends(curve: BezierCurve | PolyChain, ends: list[nn.Module]) -> int
 def knot_error(chain: PolyChain) -> float:
     """Largest distance of an entry of φ(j/(n−1)) from that of w_j."""
     knots = [chain.point(j / (chain.num_bends - 1)) for j in range(1, chain.num_bends - 1)]
-    return (torch.stack(knots) - chain.inner).abs().max().item()
+    return (torch.stack(knots) - torch.stack(list(chain.inner))).abs().max().item()
 
 
 def moments_error(network: nn.Sequential, x: Tensor, batch_size: int) -> float:

@@ -2,6 +2,12 @@
 
 from assay.functional.batchnorm import running_norms, update_bn
 from assay.functional.bisection import Bisection, Bracket, bisect, bracket
+from assay.functional.ensemble import (
+    Ensemble,
+    EnsembleBatches,
+    EnsembleLoss,
+    train_many,
+)
 from assay.functional.krylov import (
     DenseOperator,
     Estimate,
@@ -70,4 +76,8 @@ __all__ = [
     "update_bn",
     "fit",
     "evaluate_classifier",
+    "Ensemble",
+    "EnsembleBatches",
+    "EnsembleLoss",
+    "train_many",
 ]

@@ -120,20 +120,22 @@ def bracket(
         >>> found.low, found.high
         (tensor([7.5000e-01, 6.0000e+00, 4.3235e+17]), tensor([ 1.5000, 12.0000,     inf]))
     """
-    start = torch.zeros_like(step) if start is None else start
-    _check_rows("start", start, "step", step)
+    origin = torch.zeros_like(step) if start is None else start
+    _check_rows("start", origin, "step", step)
     if not bool((step.isfinite() & (step != 0)).all()):
         raise ValueError("step must be finite and not zero in every row")
     if not factor > 1:
         raise ValueError(f"factor must be greater than 1, got {factor}")
     _check_max_iter(max_iter)
-    low, high = start.clone(), torch.full_like(step, math.inf)
+    low, high = origin.clone(), torch.full_like(step, math.inf)
     iterations = torch.zeros(step.shape, dtype=torch.int64, device=step.device)
+    stride = step.clone()
     rows = torch.arange(len(step), device=step.device)
-    for k in range(max_iter):
+    for _ in range(max_iter):
         if len(rows) == 0:
             break
-        t = start[rows] + step[rows] * factor**k
+        t = origin[rows] + stride[rows]
+        stride *= factor
         value = _evaluate(function, t, rows)
         iterations[rows] += 1
         inside = value < 0
@@ -206,9 +208,9 @@ def bisect(
         rows, middle = rows[fresh], middle[fresh]
         if len(rows) == 0:
             break
-        found = _evaluate(function, middle, rows).to(middle)
+        found = _evaluate(function, middle, rows)
         iterations[rows] += 1
-        point[rows], value[rows] = middle, found
+        point[rows], value[rows] = middle, found.to(middle)
         low[rows] = torch.where(found < 0, middle, low[rows])
         high[rows] = torch.where(found >= 0, middle, high[rows])
         width = (high[rows] - low[rows]).abs()

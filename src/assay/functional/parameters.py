@@ -146,7 +146,7 @@ class ParameterLayout:
         pieces = vector.split(self._sizes, dim=-1)
         lead = vector.shape[:-1]
         tensors = {
-            name: piece.reshape((*lead, *shape))
+            name: piece.view((*lead, *shape))
             for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
         }
         if aliases:

@@ -309,7 +309,7 @@ class _NaturalRound(torch.autograd.Function):
     def vmap(info, in_dims, x: Tensor, seed: int | Tensor) -> tuple[Tensor, int]:
         # The numbers drawn differ along every dimension already, so one seed is enough.
         batched, seeds = in_dims
-        one = seed if seeds is None else seed.select(seeds, 0)
+        one = seed.select(seeds, 0) if isinstance(seed, Tensor) and seeds is not None else seed
         if batched is None:
             x, batched = x.expand(info.batch_size, *x.shape), 0
         return _NaturalRound.apply(x, one), batched

@@ -293,7 +293,7 @@ class Lab:
     # -- what was found ------------------------------------------------------------------------
 
     def measure(
-        self, claim: str, value: float | Tensor | Sequence[float], *, seed: int | None = None
+        self, claim: str, value: float | np.ndarray | Tensor | Sequence, *, seed: int | None = None
     ) -> None:
         """Record what was measured for a claim.
 
@@ -308,8 +308,10 @@ class Lab:
         if claim not in self.measurements:
             known = ", ".join(self.measurements)
             raise ValueError(f"{self.slug} makes no claim {claim!r}; it makes: {known}")
-        values = np.atleast_1d(np.asarray(torch.as_tensor(value).cpu(), dtype=np.float64))
-        self.measurements[claim] += [Measurement(value=float(v), seed=seed) for v in values.ravel()]
+        # Not through torch.as_tensor: it makes float32 of Python's numbers.
+        plain = value.tolist() if isinstance(value, Tensor) else value
+        values = np.asarray(plain, dtype=np.float64).ravel()
+        self.measurements[claim] += [Measurement(value=float(v), seed=seed) for v in values]
 
     def log(self, curve: str, step: int, **values: float) -> None:
         """Append a point to each series of a learning curve.

@@ -10,6 +10,31 @@ from assay.landscape.curves import (
 )
 from assay.landscape.ensembling import FGE
 from assay.landscape.evaluation import Evaluation, evaluate
+from assay.landscape.patterns import (
+    LogitLoss,
+    MultiPointLoss,
+    PatternBeside,
+    PlaneModel,
+    PlantedPattern,
+    embed_pattern,
+    embed_pattern_beside,
+    load_mask,
+    random_plane,
+    scan_plane,
+)
+from assay.landscape.trajectory import (
+    Flatness,
+    FlatSubspacePenalty,
+    MinibatchStatistics,
+    TrajectoryPCA,
+    TrajectoryRecorder,
+    VarianceFlatnessFit,
+    effective_temperature,
+    flatness,
+    langevin_step,
+    minibatch_statistics,
+    variance_flatness_fit,
+)
 
 __all__ = [
     "BezierCurve",
@@ -21,4 +46,25 @@ __all__ = [
     "FGE",
     "Evaluation",
     "evaluate",
+    "random_plane",
+    "scan_plane",
+    "embed_pattern",
+    "embed_pattern_beside",
+    "PlantedPattern",
+    "PatternBeside",
+    "LogitLoss",
+    "load_mask",
+    "PlaneModel",
+    "MultiPointLoss",
+    "TrajectoryRecorder",
+    "TrajectoryPCA",
+    "Flatness",
+    "flatness",
+    "VarianceFlatnessFit",
+    "variance_flatness_fit",
+    "effective_temperature",
+    "MinibatchStatistics",
+    "minibatch_statistics",
+    "langevin_step",
+    "FlatSubspacePenalty",
 ]

@@ -17,6 +17,7 @@ from assay.landscape.evaluation import Batches, Evaluation, evaluate
 from assay.optim.lr_scheduler import HoldDecayLR
 
 Endpoint = nn.Module | Mapping[str, Tensor]
+Scalar = Any  # a Python number or a tensor: the formulas are the same
 
 
 class Curve(nn.Module):
@@ -74,7 +75,7 @@ class Curve(nn.Module):
         self.layout = layout
         self.register_buffer("ends", torch.stack([first, last]))
         inner = [torch.lerp(first, last, j / (num_bends - 1)) for j in range(1, num_bends - 1)]
-        self.inner = nn.Parameter(torch.stack(inner))
+        self.inner = nn.ParameterList(inner)
         network = copy.deepcopy(modules[0])
         network.load_state_dict(states[0])
         self._frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
@@ -90,6 +91,9 @@ class Curve(nn.Module):
         Returns:
             One coefficient a control point.
         """
+        return torch.stack(self._coefficients(t), dim=-1)
+
+    def _coefficients(self, t: Scalar) -> list[Scalar]:
         raise NotImplementedError
 
     def point(self, t: float | Tensor) -> Float[Tensor, " p"]:
@@ -110,14 +114,13 @@ class Curve(nn.Module):
                 raise ValueError(f"t must be in [0, 1], got {t}")
             if t in (0, 1):
                 return self.ends[int(t)].clone()
-            t = torch.tensor(t, dtype=torch.float64)
-        if t.ndim:
+        elif t.ndim:
             raise ValueError(f"t must be a scalar, got shape {tuple(t.shape)}")
-        c = self.coefficients(t).to(self.ends).unsqueeze(0)
-        # Weights keep their precision under autocast, which would round a product of matrices.
-        with torch.autocast(self.ends.device.type, enabled=False):
-            fixed = torch.mm(c[:, :: self.num_bends - 1], self.ends)
-            return torch.addmm(fixed, c[:, 1:-1], self.inner).view(-1)
+        c = self._coefficients(t)
+        point = _add_scaled(self.ends[0] * c[0], c[-1], self.ends[1])
+        for coefficient, bend in zip(c[1:-1], self.inner, strict=True):
+            point = _add_scaled(point, coefficient, bend)
+        return point
 
     def weights(self, t: float | Tensor) -> dict[str, Tensor]:
         """φ(t) by parameter name: what `torch.func.functional_call` takes.
@@ -147,7 +150,7 @@ class Curve(nn.Module):
         point = self._point if t is None else self.point(t)
         if point is None:
             raise ValueError("t is missing, and there was no forward pass in training mode yet")
-        return point.dot(point)
+        return _SquaredNorm.apply(point)
 
     def forward(self, *inputs: object, t: float | Tensor | None = None) -> object:
         """The network at φ(t).
@@ -167,6 +170,8 @@ class Curve(nn.Module):
             if not self.training:
                 raise ValueError("in evaluation mode a curve needs a position: give t=")
             t = torch.rand((), dtype=torch.float64)
+            # Arithmetic on one number is much faster in Python, but the compiler wants a tensor.
+            t = t if torch.compiler.is_compiling() else t.item()
         point = self.point(t)
         if self.training:
             self._point = point
@@ -227,7 +232,7 @@ class BezierCurve(Curve):
         >>> first, second = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
         >>> curve = BezierCurve([first, second])
         >>> [tuple(p.shape) for p in curve.parameters()]
-        [(1, 10)]
+        [(10,)]
         >>> torch.equal(curve.weights(1)["weight"], second.weight)
         True
         >>> curve(torch.ones(3, 4), t=0.5).shape
@@ -238,20 +243,9 @@ class BezierCurve(Curve):
         Ensembling of DNNs", NeurIPS 2018.
     """
 
-    def coefficients(self, t: Float[Tensor, "*k"]) -> Float[Tensor, "*k n"]:
-        """The Bernstein polynomials of degree n−1 at t.
-
-        Args:
-            t: positions on the curve, in [0, 1].
-
-        Returns:
-            One coefficient a control point.
-        """
+    def _coefficients(self, t: Scalar) -> list[Scalar]:
         degree = self.num_bends - 1
-        terms = [
-            math.comb(degree, j) * t**j * (1 - t) ** (degree - j) for j in range(self.num_bends)
-        ]
-        return torch.stack(terms, dim=-1)
+        return [math.comb(degree, j) * t**j * (1 - t) ** (degree - j) for j in range(degree + 1)]
 
 
 class PolyChain(Curve):
@@ -283,18 +277,9 @@ class PolyChain(Curve):
         Ensembling of DNNs", NeurIPS 2018.
     """
 
-    def coefficients(self, t: Float[Tensor, "*k"]) -> Float[Tensor, "*k n"]:
-        """The hat functions at t.
-
-        Args:
-            t: positions on the curve, in [0, 1].
-
-        Returns:
-            One coefficient a control point.
-        """
-        bends = torch.arange(self.num_bends, device=t.device, dtype=t.dtype)
-        distance = (t.unsqueeze(-1) * (self.num_bends - 1) - bends).abs()
-        return (1 - distance).clamp(min=0)
+    def _coefficients(self, t: Scalar) -> list[Scalar]:
+        hats = (1 - abs(t * (self.num_bends - 1) - j) for j in range(self.num_bends))
+        return [(hat + abs(hat)) / 2 for hat in hats]  # max(0, hat), of a number or a tensor
 
 
 def fit_curve(
@@ -545,6 +530,31 @@ def linear_barrier(
         bn_batches=batches if bn_batches is None else bn_batches,
     )
     return along.barrier("line")
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """‖x‖² with one pass over x backwards, where that of `x.dot(x)` takes three."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.dot(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x * (2 * grad)
+
+
+def _add_scaled(total: Tensor, scale: Scalar, x: Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
+        return torch.addcmul(total, x, scale.to(x))
+    return torch.add(total, x, alpha=scale)
 
 
 def _check_match(

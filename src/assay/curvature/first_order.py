@@ -1,0 +1,124 @@
+"""Quantities of the samples' gradients: all from one backward pass."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from assay.curvature.plan import Plan, Source
+from assay.curvature.uses import MatrixUse, square_norms
+
+FIRST_ORDER = ("grad", "grad_batch", "batch_l2", "second_moment", "variance")
+
+
+def first_order(
+    plan: Plan,
+    gradients: list[Tensor],
+    quantities: frozenset[str],
+    buffers: Mapping[str, Tensor],
+) -> dict[str, dict[str, Tensor]]:
+    """The quantities asked for, by parameter.
+
+    Args:
+        plan: of the pass.
+        gradients: ∂ℓ_n at every recorded output.
+        quantities: some of `FIRST_ORDER`.
+        buffers: tensors to write `grad_batch` into, by parameter.
+    """
+    found: dict[str, dict[str, Tensor]] = {q: {} for q in FIRST_ORDER if q in quantities}
+    for name, source in plan.sources.items():
+        part = source.single
+        if part is None:
+            own = _from_rows(plan, source, gradients, quantities, buffers.get(name))
+        else:
+            own = _from_rules(plan, source, gradients, quantities, buffers.get(name))
+        for quantity in found:
+            found[quantity][name] = own[quantity]
+    return found
+
+
+def _from_rows(
+    plan: Plan,
+    source: Source,
+    gradients: list[Tensor],
+    quantities: frozenset[str],
+    buffer: Tensor | None,
+) -> dict[str, Tensor]:
+    """Shared and unusual parameters: gradients of all uses are summed before anything else."""
+    objective = plan.objective
+    outputs, tangents = [], []
+    if source.opaque is not None:
+        outputs = [tensor for tensor, _ in objective.sources]
+        tangents = _output_gradients(plan)
+    rows = plan.columns(source, gradients, outputs, tangents)
+    own: dict[str, Tensor] = {}
+    if "grad_batch" in quantities:
+        own["grad_batch"] = rows if buffer is None else buffer.copy_(rows)
+    if "batch_l2" in quantities:
+        own["batch_l2"] = square_norms(rows)
+    if {"second_moment", "variance"} & quantities:
+        own["second_moment"] = _mean_square(rows)
+    mean = rows.mean(0)
+    return _finish(own, mean, objective.samples, objective.reduction)
+
+
+def _output_gradients(plan: Plan) -> list[Tensor]:
+    objective = plan.objective
+    tensors = [tensor for tensor, _ in objective.sources]
+    found = torch.autograd.grad(
+        objective.loss, tensors, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return [g.detach() * objective.per_sample_scale for g in found]
+
+
+def _from_rules(
+    plan: Plan,
+    source: Source,
+    gradients: list[Tensor],
+    quantities: frozenset[str],
+    buffer: Tensor | None,
+) -> dict[str, Tensor]:
+    part = source.single
+    assert part is not None
+    use, slot, samples = part.use, part.slot, plan.objective.samples
+    G: Tensor = part.gather(gradients)  # type: ignore[assignment]
+    own: dict[str, Tensor] = {}
+    rows: Tensor | None = None
+    squares = bool({"second_moment", "variance"} & quantities)
+    # An outer product's norm, sum and squares cost less than reading it again.
+    outer = isinstance(use, MatrixUse) and use.single_position
+    if "grad_batch" in quantities:
+        own["grad_batch"] = use.per_sample(slot, G, buffer)
+        rows = None if outer else own["grad_batch"]
+    elif squares and "batch_l2" in quantities and not outer and use.cheap_rows(slot):
+        rows = use.per_sample(slot, G)
+    if "batch_l2" in quantities:
+        own["batch_l2"] = use.norms(slot, G) if rows is None else square_norms(rows)
+    if squares:
+        if rows is None:
+            own["second_moment"] = use.sum_squares(slot, _columns_of(G)) / samples
+        else:
+            own["second_moment"] = _mean_square(rows)
+    mean = source.parameter
+    if {"grad", "variance"} & quantities:
+        mean = rows.mean(0) if rows is not None else use.total(slot, G) / samples
+    return _finish(own, mean, samples, plan.objective.reduction)
+
+
+def _columns_of(G):
+    return [g.unsqueeze(0) for g in G] if isinstance(G, list) else G.unsqueeze(0)
+
+
+def _finish(own: dict[str, Tensor], mean: Tensor, samples: int, reduction: str) -> dict:
+    if "second_moment" in own:
+        own["variance"] = own["second_moment"] - mean.square()
+    own["grad"] = mean if reduction == "mean" else mean * samples
+    return own
+
+
+def _mean_square(rows: Tensor) -> Tensor:
+    flat = rows.flatten(1)
+    total = torch.zeros_like(flat[0])
+    for row in flat:
+        total.addcmul_(row, row)
+    return total.div_(len(flat)).view(rows.shape[1:])

@@ -1,0 +1,293 @@
+"""From what was captured to how each parameter's derivatives are computed."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from assay.curvature.capture import Record
+from assay.curvature.layout import Layout, candidates
+from assay.curvature.objective import Objective
+from assay.curvature.uses import CallUse, LinearUse, MatrixUse, MergedUse, Use, Weight
+
+
+@dataclass(eq=False)
+class Part:
+    """One argument of one use (or of several merged ones)."""
+
+    use: Use
+    slot: str
+    where: list[int]
+
+    @property
+    def weight(self) -> Weight:
+        """What the argument was."""
+        return self.use.slots[self.slot]
+
+    def gather(self, gradients: list[Tensor]) -> object:
+        """What the use's methods take, from the gradients at all recorded outputs."""
+        if isinstance(self.use, MergedUse):
+            return [gradients[i] for i in self.where]
+        return gradients[self.where[0]]
+
+
+@dataclass(eq=False)
+class Source:
+    """Everything that one parameter does in the graph."""
+
+    name: str
+    parameter: Tensor
+    parts: list[Part] = field(default_factory=list)
+    opaque: str | None = None
+
+    @property
+    def single(self) -> Part | None:
+        """The only part, if the parameter itself has just one."""
+        if self.opaque is None and len(self.parts) == 1 and self.parts[0].weight.direct:
+            return self.parts[0]
+        return None
+
+    @property
+    def unused(self) -> bool:
+        """Whether the loss does not depend on it."""
+        return self.opaque is None and not self.parts
+
+
+class Plan:
+    """Who needs which gradient.
+
+    Args:
+        record: of the forward pass.
+        objective: the loss.
+        params: the selected parameters.
+    """
+
+    def __init__(self, record: Record, objective: Objective, params: dict[str, Tensor]) -> None:
+        self.objective = objective
+        opaque = dict(record.opaque)
+        opaque.update(_unseen(record, objective.loss, params))
+        uses = [use for use in record.uses if not _covers_only(use, opaque)]
+        self.uses = self._with_layouts(uses, opaque)
+        self.edges = [use.edge for use in self.uses]
+        self.sources = self._sources(params, opaque)
+
+    # -- gradients -------------------------------------------------------------------------------
+
+    def gradients(self, outputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+        """At every recorded output, in the dtype of the use's weights."""
+        if not self.edges:
+            return []
+        found = torch.autograd.grad(
+            outputs, self.edges, cotangents, retain_graph=True, allow_unused=True
+        )
+        return [
+            torch.zeros(use.shape, dtype=use.dtype, device=_device(use))
+            if g is None
+            else g.detach().to(use.dtype)
+            for use, g in zip(self.uses, found, strict=True)
+        ]
+
+    def columns(
+        self, source: Source, gradients: list[Tensor], outputs: list[Tensor], tangents: list[Tensor]
+    ) -> Tensor:
+        """Jᵀv of each sample for a parameter with any number of uses, `(N, *shape)`.
+
+        Args:
+            source: the parameter.
+            gradients: from `gradients`.
+            outputs: where they started.
+            tangents: with what.
+        """
+        if source.opaque is not None:
+            return self._loop(source, outputs, tangents)
+        total: Tensor | None = None
+        for part in source.parts:
+            rows = part.use.columns(part.slot, _lead(part.gather(gradients)))[0]
+            rows = _pull_back(part.weight, rows, source)
+            total = rows if total is None else total.add_(rows)
+        if total is None:
+            return source.parameter.new_zeros(self.objective.samples, *source.parameter.shape)
+        return total
+
+    def _loop(self, source: Source, outputs: list[Tensor], tangents: list[Tensor]) -> Tensor:
+        """One backward pass a sample: slow, and right for every graph."""
+        samples = self.objective.samples
+        layouts = {id(tensor): layout for tensor, layout in self.objective.sources}
+        if not all(id(output) in layouts for output in outputs):
+            raise ValueError(
+                f"parameter {source.name!r}: {source.opaque}; its samples' gradients cannot be "
+                "separated because the loss is computed inside the model: return the output too"
+            )
+        rows = source.parameter.new_empty(samples, *source.parameter.shape)
+        for n in range(samples):
+            only = []
+            for output, tangent in zip(outputs, tangents, strict=True):
+                masked = torch.zeros_like(tangent)
+                layouts[id(output)].split(masked)[n] = layouts[id(output)].split(tangent)[n]
+                only.append(masked)
+            (rows[n],) = torch.autograd.grad(
+                outputs, source.parameter, only, retain_graph=True, materialize_grads=True,
+                allow_unused=True,
+            )  # fmt: skip
+        return rows
+
+    # -- setting up ------------------------------------------------------------------------------
+
+    def _with_layouts(self, uses: list[Use], opaque: dict[str, str]) -> list[Use]:
+        samples = self.objective.samples
+        folded = any(layout.fold > 1 for _, layout in self.objective.sources)
+        open_: list[tuple[Use, list[Layout]]] = []
+        kept: list[Use] = []
+        for use in uses:
+            options = [
+                layout
+                for layout in candidates(use.shape, samples, use.feature_dims)
+                if use.fits(layout)
+            ]
+            if not options:
+                _give_up(use, opaque, f"no axis of {tuple(use.shape)} can be that of the samples")
+                continue
+            kept.append(use)
+            plain = [option for option in options if option.fold == 1]
+            sure = samples == 1 or (len(plain) == 1 and plain[0].axis == 0)
+            if sure and not use.probe and (not folded or samples == 1):
+                use.layout = options[0]
+            else:
+                open_.append((use, options))
+        if open_:
+            self._probe(open_, opaque)
+        return [use for use in kept if not _covers_only(use, opaque)]
+
+    def _probe(self, open_: list[tuple[Use, list[Layout]]], opaque: dict[str, str]) -> None:
+        """Find the rows of a sample from where the gradient of its output lives."""
+        samples = self.objective.samples
+        sources = self.objective.sources
+        if not sources:
+            raise ValueError(
+                f"cannot tell which axis of shape {tuple(open_[0][0].shape)} counts the samples: "
+                "the loss is computed inside the model and its output is not returned"
+            )
+        edges = [use.edge for use, _ in open_]
+        generator = torch.Generator().manual_seed(0)
+        left = [list(options) for _, options in open_]
+        for sample in sorted({0, samples - 1, samples // 2}):
+            cotangents = []
+            for tensor, layout in sources:
+                v = torch.zeros_like(tensor)
+                part = layout.split(v)[sample]
+                noise = torch.rand(part.shape, generator=generator, dtype=torch.float32)
+                part.copy_(noise.to(part) + 0.5)
+                cotangents.append(v)
+            found = torch.autograd.grad(
+                [tensor for tensor, _ in sources], edges, cotangents, retain_graph=True,
+                allow_unused=True,
+            )  # fmt: skip
+            for i, gradient in enumerate(found):
+                if gradient is not None:
+                    left[i] = [option for option in left[i] if option.holds_only(gradient, sample)]
+            if all(len(options) == 1 for options in left):
+                break
+        for (use, _), options in zip(open_, left, strict=True):
+            if options:
+                use.layout = options[0]
+            else:
+                _give_up(use, opaque, "its use mixes samples or has no axis for them")
+
+    def _sources(self, params: dict[str, Tensor], opaque: dict[str, str]) -> dict[str, Source]:
+        sources = {name: Source(name, p, opaque=opaque.get(name)) for name, p in params.items()}
+        groups: dict[object, list[int]] = defaultdict(list)
+        for place, use in enumerate(self.uses):
+            key = use.merge_key() if isinstance(use, LinearUse) else None
+            groups[place if key is None else key].append(place)
+        for places in groups.values():
+            use = self.uses[places[0]]
+            if len(places) > 1:
+                use = MergedUse.of([self.uses[i] for i in places])  # type: ignore[misc]
+            for slot, weight in use.slots.items():
+                for root in weight.roots:
+                    if sources[root].opaque is None:
+                        sources[root].parts.append(Part(use, slot, places))
+        return sources
+
+    def check(self, gradients: list[Tensor]) -> bool:
+        """Give up uses whose rule does not hold; whether any was, so that it has to start again.
+
+        Args:
+            gradients: of the loss.
+        """
+        given_up = False
+        for source in self.sources.values():
+            for part in source.parts:
+                use = part.use
+                fine = use.intact
+                if fine and isinstance(use, CallUse):
+                    fine = use.agrees(part.slot, part.gather(gradients))  # type: ignore[arg-type]
+                if not fine:
+                    source.opaque = "no rule holds for one of its uses"
+                    given_up = True
+            if source.opaque is not None:
+                source.parts = []
+        return given_up
+
+
+def _lead(gradients: object) -> object:
+    if isinstance(gradients, list):
+        return [g.unsqueeze(0) for g in gradients]
+    return gradients.unsqueeze(0)  # type: ignore[attr-defined]
+
+
+def _pull_back(weight: Weight, rows: Tensor, source: Source) -> Tensor:
+    """From a tensor made of parameters to the parameter, for each sample."""
+    if weight.direct:
+        return rows
+    (pulled,) = torch.autograd.grad(
+        weight.tensor, source.parameter, rows.to(weight.tensor.dtype), retain_graph=True,
+        is_grads_batched=True, allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
+    return pulled.clone() if pulled._is_view() else pulled
+
+
+def _give_up(use: Use, opaque: dict[str, str], why: str) -> None:
+    for weight in use.slots.values():
+        for root in weight.roots:
+            opaque.setdefault(root, why)
+
+
+def _covers_only(use: Use, opaque: dict[str, str]) -> bool:
+    return all(root in opaque for weight in use.slots.values() for root in weight.roots)
+
+
+def _device(use: Use) -> torch.device:
+    return next(iter(use.slots.values())).tensor.device
+
+
+def _unseen(record: Record, loss: Tensor, params: dict[str, Tensor]) -> dict[str, str]:
+    """Parameters with more places in the autograd graph than calls that were seen.
+
+    Custom autograd functions, for one, take tensors past every torch function.
+    """
+    leaves = {id(p): name for name, p in params.items()}
+    edges: Counter[str] = Counter()
+    seen = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for child, _ in node.next_functions:
+            if child is None:
+                continue
+            variable = getattr(child, "variable", None)
+            if variable is not None:
+                name = leaves.get(id(variable))
+                if name is not None:
+                    edges[name] += 1
+            elif child not in seen:
+                stack.append(child)
+    return {
+        name: "it is used by something that is no torch function"
+        for name, count in edges.items()
+        if count > record.appearances[name]
+    }

@@ -1,0 +1,573 @@
+"""What a parameter does in one call of a torch function, and the derivatives that follow."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+
+from assay.curvature.layout import Layout
+
+SCRATCH = 1 << 22
+"""Entries of the temporary tensors that are reduced at once; 16 MB of float32."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A selected parameter, or a tensor computed from such alone (a transpose, a masked copy).
+
+    Args:
+        tensor: itself.
+        roots: names of the parameters it comes from.
+        direct: whether it is the parameter.
+    """
+
+    tensor: Tensor
+    roots: tuple[str, ...]
+    direct: bool
+
+
+@dataclass(eq=False)
+class Use:
+    """One call `z = function(..., weights, ...)`.
+
+    For a slot (an argument that is a weight w) and gradients or columns V at the output z, the
+    methods give what belongs to w. G has z's shape; V has it behind a leading K.
+    """
+
+    slots: dict[str, Weight]
+    shape: torch.Size
+    edge: GradientEdge
+    feature_dims: int = 1
+    probe: bool = False
+    layout: Layout = field(default_factory=lambda: Layout(1))
+    saved: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which derivatives are computed: the weights', whatever autocast made of them."""
+        return next(iter(self.slots.values())).tensor.dtype
+
+    @property
+    def intact(self) -> bool:
+        """Whether no saved input was changed in place since."""
+        return all(tensor._version == version for tensor, version in self.saved)
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether the rule holds if the samples sit there."""
+        return True
+
+    def is_matrix(self, slot: str) -> bool:
+        """Whether the weight is the matrix of a linear map, possibly repeated over positions."""
+        return False
+
+    def columns(self, slot: str, V: Tensor) -> Tensor:
+        """Jᵀv of each column and sample, `(K, N, *w.shape)`."""
+        raise NotImplementedError
+
+    def per_sample(self, slot: str, G: Tensor, out: Tensor | None = None) -> Tensor:
+        """The gradient of each sample, `(N, *w.shape)`."""
+        result = self.columns(slot, G.unsqueeze(0))[0]
+        return result if out is None else out.copy_(result)
+
+    def total(self, slot: str, G: Tensor) -> Tensor:
+        """The sum of the samples' gradients."""
+        return self.per_sample(slot, G).sum(0)
+
+    def sum_squares(self, slot: str, V: Tensor) -> Tensor:
+        """The squares of `columns`, summed over columns and samples."""
+        return sum(  # type: ignore[return-value]
+            self.columns(slot, v.unsqueeze(0)).square_().sum((0, 1)) for v in V
+        )
+
+    def cheap_rows(self, slot: str) -> bool:
+        """Whether all samples' gradients at once are small enough to be kept for a while."""
+        return self.layout.samples * self.slots[slot].tensor.numel() <= SCRATCH
+
+    def norms(self, slot: str, G: Tensor) -> Tensor:
+        """‖gradient‖² of each sample, `(N,)`."""
+        return square_norms(self.per_sample(slot, G))
+
+
+def square_norms(rows: Tensor) -> Tensor:
+    """‖·‖² of each entry of the first dimension."""
+    rows = rows.flatten(1)
+    return torch.linalg.vector_norm(rows, dim=1).square_()
+
+
+# -- linear maps ---------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class MatrixUse(Use):
+    """A linear map that meets the sample at T positions: z_t = W a_t + b, convolutions included.
+
+    A sample's gradient is Σ_t g_t a_tᵀ. Activations are `(N, groups, a, T)`, gradients
+    `(..., N, groups, b, T)`.
+    """
+
+    input: Tensor = field(default_factory=lambda: torch.empty(0))
+    grads_left: bool = True
+    groups: int = 1
+    _activations: Tensor | None = None
+    _covariances: dict[str, Tensor] = field(default_factory=dict)
+
+    def is_matrix(self, slot: str) -> bool:
+        return slot == "weight"
+
+    def activations(self) -> Tensor:
+        """What the matrix is multiplied with, computed once."""
+        if self._activations is None:
+            self._activations = self._compute_activations()
+        return self._activations
+
+    @property
+    def single_position(self) -> bool:
+        """Whether a sample's gradient is an outer product."""
+        return self.activations().shape[-1] == 1
+
+    def activation_covariance(self, approx: str) -> Tensor:
+        """A = (1/N) Σ aaᵀ over samples and positions, or of positions' means; computed once."""
+        if approx not in self._covariances:
+            a = self.activations()
+            if approx == "reduce":
+                a = a.mean(-1, keepdim=True)
+            self._covariances[approx] = outer_sum(a).div_(len(a))
+        return self._covariances[approx]
+
+    def _compute_activations(self) -> Tensor:
+        raise NotImplementedError
+
+    def gradients(self, V: Tensor, lead: int) -> Tensor:
+        """What the activations are paired with."""
+        raise NotImplementedError
+
+    def bias_gradients(self, V: Tensor, lead: int) -> Tensor:
+        """`(*lead, N, features)`: summed over positions."""
+        return self.gradients(V, lead).sum(-1).flatten(lead + 1)
+
+    def _pair(self, V: Tensor, lead: int) -> tuple[Tensor, Tensor]:
+        """Left and right factor of Σ_t left_t right_tᵀ; one of them has the leading dimensions."""
+        a, g = self.activations(), self.gradients(V, lead)
+        return (g, a) if self.grads_left else (a, g)
+
+    def columns(self, slot: str, V: Tensor) -> Tensor:
+        if slot == "bias":
+            return self.bias_gradients(V, 1)
+        left, right = self._pair(V, 1)
+        product = torch.matmul(left, right.mT)
+        return product.reshape(*product.shape[:2], *self.slots[slot].tensor.shape)
+
+    def per_sample(self, slot: str, G: Tensor, out: Tensor | None = None) -> Tensor:
+        if slot == "bias":
+            rows = self.bias_gradients(G, 0)
+            return rows if out is None else out.copy_(rows)
+        left, right = self._pair(G, 0)
+        samples, groups, m, positions = left.shape
+        n = right.shape[2]
+        if out is None:
+            out = left.new_empty((samples, *self.slots[slot].tensor.shape))
+        target = out.view(samples * groups, m, n)
+        left, right = left.reshape(-1, m, positions), right.reshape(-1, n, positions)
+        if positions == 1:
+            torch.mul(left, right.mT, out=target)
+        else:
+            torch.bmm(left, right.mT, out=target)
+        return out
+
+    def total(self, slot: str, G: Tensor) -> Tensor:
+        if slot == "bias":
+            return self.bias_gradients(G, 0).sum(0)
+        left, right = self._pair(G, 0)
+        return summed_products(left, right).view(self.slots[slot].tensor.shape)
+
+    def sum_squares(self, slot: str, V: Tensor) -> Tensor:
+        shape = self.slots[slot].tensor.shape
+        if slot == "bias":
+            return self.bias_gradients(V, 1).square().sum((0, 1)).view(shape)
+        a, g = self.activations(), self.gradients(V, 1)
+        if a.shape[-1] == 1:  # the square of an outer product is that of the squares
+            squares = g.square().sum(0)
+            left, right = (squares, a.square()) if self.grads_left else (a.square(), squares)
+            return summed_products(left, right).view(shape)
+        return self._sum_squares_over_positions(a, g).view(shape)
+
+    def _sum_squares_over_positions(self, a: Tensor, g: Tensor) -> Tensor:
+        columns, samples, groups, b, _ = g.shape
+        m, n = (b, a.shape[2]) if self.grads_left else (a.shape[2], b)
+        total = a.new_zeros(groups * m * n)
+        block = max(1, min(columns, SCRATCH // max(1, groups * m * n)))
+        scratch = a.new_empty(block * groups, m, n)
+        for sample in range(samples):
+            for start in range(0, columns, block):
+                part = g[start : start + block, sample]
+                rows = part.flatten(0, 1)
+                acts = a[sample].expand(len(part), *a.shape[1:]).flatten(0, 1)
+                target = scratch[: len(rows)]
+                if self.grads_left:
+                    torch.bmm(rows, acts.mT, out=target)
+                else:
+                    torch.bmm(acts, rows.mT, out=target)
+                flat = target.view(len(part), -1)
+                if len(flat) == 1:
+                    total.addcmul_(flat[0], flat[0])
+                else:
+                    total += flat.square_().sum(0)
+        return total
+
+    def norms(self, slot: str, G: Tensor) -> Tensor:
+        if slot == "bias":
+            return self.bias_gradients(G, 0).square().sum(1)
+        left, right = self._pair(G, 0)
+        _, _, m, positions = left.shape
+        n = right.shape[2]
+        if positions == 1:
+            return (left.square().sum((2, 3)) * right.square().sum((2, 3))).sum(1)
+        if positions * (m + n) < m * n:
+            # ‖Σ_t l_t r_tᵀ‖² = ⟨LᵀL, RᵀR⟩: T × T matrices instead of the gradient.
+            return (left.mT @ left).mul_(right.mT @ right).sum((1, 2, 3))
+        block = max(1, SCRATCH // (left.shape[1] * m * n))
+        parts = [
+            square_norms(torch.matmul(left[i : i + block], right[i : i + block].mT))
+            for i in range(0, len(left), block)
+        ]
+        return torch.cat(parts)
+
+    def merge_key(self) -> object:
+        """Uses with equal keys may be taken as one use at the positions of all."""
+        return None
+
+
+@dataclass(eq=False)
+class LinearUse(MatrixUse):
+    """`linear(x, W, b)`, or `x @ W` with the matrix on the right."""
+
+    def _rows(self, tensor: Tensor, lead: int) -> Tensor:
+        """`(*lead, N, T, d)`."""
+        tensor = self.layout.split(tensor, lead)
+        return tensor.reshape(*tensor.shape[: lead + 1], -1, tensor.shape[-1])
+
+    def _compute_activations(self) -> Tensor:
+        return self._rows(self.input.to(self.dtype), 0).mT.unsqueeze(1)
+
+    def gradients(self, V: Tensor, lead: int) -> Tensor:
+        return self._rows(V, lead).mT.unsqueeze(lead + 1)
+
+    def merge_key(self) -> object:
+        return (type(self), self.grads_left, *((k, id(w.tensor)) for k, w in self.slots.items()))
+
+
+@dataclass(eq=False)
+class MergedUse(MatrixUse):
+    """Several uses of one matrix (the steps of a recurrence) as one use at all their positions.
+
+    Its gradients are a list, one tensor a use.
+    """
+
+    parts: list[LinearUse] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, parts: list[LinearUse]) -> "MergedUse":
+        """One use of many."""
+        first = parts[0]
+        return cls(
+            first.slots, first.shape, first.edge, grads_left=first.grads_left, parts=parts
+        )
+
+    def _compute_activations(self) -> Tensor:
+        return torch.cat([part.activations() for part in self.parts], -1)
+
+    def gradients(self, V: Any, lead: int) -> Tensor:
+        pairs = zip(self.parts, V, strict=True)
+        return torch.cat([part.gradients(v, lead) for part, v in pairs], -1)
+
+
+@dataclass(eq=False)
+class ConvUse(MatrixUse):
+    """A convolution in one, two or three dimensions, or a transposed one."""
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+    transposed: bool = False
+
+    def _arrange(self, images: Tensor, lead: int, unfold: bool) -> Tensor:
+        """`(*lead, N, groups, features, T)` of `(*lead, B, C, *spatial)`."""
+        before = images.shape[:lead]
+        spatial = len(self.kernel)
+        images = images.reshape(-1, *images.shape[-spatial - 1 :])
+        if unfold:
+            columns = patches(images, self.kernel, self.stride, self.padding, self.dilation)
+        else:
+            columns = images.flatten(2)
+        columns = columns.view(*before, -1, *columns.shape[1:])
+        columns = self.layout.split(columns, lead)
+        if self.layout.fold > 1:  # (*lead, N, fold, features, T) to (*lead, N, features, fold·T)
+            columns = columns.movedim(lead + 1, -2).flatten(-2)
+        return columns.unflatten(lead + 1, (self.groups, -1))
+
+    def _compute_activations(self) -> Tensor:
+        return self._arrange(self.input.to(self.dtype), 0, unfold=not self.transposed)
+
+    def gradients(self, V: Tensor, lead: int) -> Tensor:
+        return self._arrange(V, lead, unfold=self.transposed)
+
+    def bias_gradients(self, V: Tensor, lead: int) -> Tensor:
+        if not self.transposed:
+            return MatrixUse.bias_gradients(self, V, lead)
+        return self._arrange(V, lead, unfold=False).sum(-1).flatten(lead + 1)
+
+
+def patches(
+    images: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """The patches that a convolution sees, `(B, C · kernel, positions)`, in any dimension."""
+    if all(k == 1 for k in kernel) and not any(padding) and all(s == 1 for s in stride):
+        return images.flatten(2)
+    if len(kernel) <= 2:
+        if len(kernel) == 1:
+            images = images.unsqueeze(2)
+            kernel, stride = (1, *kernel), (1, *stride)
+            padding, dilation = (0, *padding), (1, *dilation)
+        return F.unfold(images, kernel, dilation, padding, stride)
+    images = F.pad(images, [p for p in reversed(padding) for _ in range(2)])
+    for dim, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        span = d * (k - 1) + 1
+        images = images.unfold(dim, span, s)[..., ::d]
+    spatial = len(kernel)
+    order = (0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial))
+    return images.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)
+
+
+def summed_products(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_n left_n right_nᵀ, `(groups, m, n)`, of `(N, groups, m, T)` and `(N, groups, n, T)`."""
+    samples, groups, m, positions = left.shape
+    n = right.shape[2]
+    if groups == 1 and (positions == 1 or _rows_are_free(left, right)):
+        flat_left = left[:, 0].mT.reshape(-1, m)
+        return (flat_left.T @ right[:, 0].mT.reshape(-1, n)).unsqueeze(0)
+    total = left.new_zeros(groups, m, n)
+    if groups == 1:
+        for a, b in zip(left[:, 0], right[:, 0], strict=True):
+            total[0].addmm_(a, b.T)
+    else:
+        for a, b in zip(left, right, strict=True):
+            total.baddbmm_(a, b.mT)
+    return total
+
+
+def _rows_are_free(*tensors: Tensor) -> bool:
+    return all(tensor[:, 0].mT.is_contiguous() for tensor in tensors)
+
+
+def outer_sum(x: Tensor) -> Tensor:
+    """Σ x xᵀ over samples and positions, `(groups, b, b)`, of `(M, groups, b, T)`."""
+    _, groups, features, positions = x.shape
+    if groups == 1 and (positions == 1 or _rows_are_free(x)):
+        rows = x[:, 0].mT.reshape(-1, features)
+        total = x.new_zeros(features, features)
+        _add_outer(total, rows.T)
+        return _mirror(total).unsqueeze(0)
+    total = x.new_zeros(groups, features, features)
+    for one in x:
+        if groups == 1:
+            _add_outer(total[0], one[0])
+        else:
+            total.baddbmm_(one, one.mT)
+    return _mirror(total[0]).unsqueeze(0) if groups == 1 else total
+
+
+BLOCK = 128
+"""Rows of a symmetric product that are computed at once; what lies right of them is left out."""
+
+
+def _add_outer(total: Tensor, x: Tensor) -> None:
+    """Add the lower block triangle of x xᵀ: little more than half of the multiplications."""
+    features = len(x)
+    if features < 2 * BLOCK:
+        total.addmm_(x, x.T)
+        return
+    for start in range(0, features, BLOCK):
+        end = min(start + BLOCK, features)
+        total[start:end, :end].addmm_(x[start:end], x[:end].T)
+
+
+def _mirror(total: Tensor) -> Tensor:
+    if len(total) < 2 * BLOCK:
+        return total
+    return total.tril_().add_(total.tril(-1).T)
+
+
+# -- everything that acts entry by entry ---------------------------------------------------------
+
+
+@dataclass(eq=False)
+class ElementUse(Use):
+    """z = x ∘ w with w broadcast, and ∘ a sum or product: biases, scales, norms, expansions.
+
+    `factors[slot]` is ∂z/∂w: a tensor of z's shape, or a number.
+    """
+
+    factors: dict[str, Callable[[], Tensor] | float] = field(default_factory=dict)
+    alignment: tuple[int, ...] | None = None
+    _values: dict[str, Tensor | float] = field(default_factory=dict)
+
+    def _factor(self, slot: str) -> Tensor | float:
+        if slot not in self._values:
+            factor = self.factors[slot]
+            self._values[slot] = factor() if callable(factor) else factor
+        return self._values[slot]
+
+    def _aligned(self, slot: str) -> tuple[int, ...]:
+        """The weight's shape as broadcasting sees it: as many dimensions as z."""
+        shape = tuple(self.slots[slot].tensor.shape)
+        if self.alignment is None:
+            return (1,) * (len(self.shape) - len(shape)) + shape
+        where = {dim: size for dim, size in zip(self.alignment, shape, strict=True)}
+        return tuple(where.get(dim, 1) for dim in range(len(self.shape)))
+
+    def fits(self, layout: Layout) -> bool:
+        return all(self._aligned(slot)[layout.axis] == 1 for slot in self.slots)
+
+    def columns(self, slot: str, V: Tensor) -> Tensor:
+        factor = self._factor(slot)
+        if isinstance(factor, Tensor) or factor != 1:
+            V = V * factor
+        shape, aligned = self.slots[slot].tensor.shape, self._aligned(slot)
+        columns = self.layout.split(V, 1)
+        rest = list(aligned[: self.layout.axis] + aligned[self.layout.axis + 1 :])
+        if self.layout.fold > 1:
+            rest.insert(0, 1)
+        reduced = [2 + i for i, size in enumerate(rest) if size == 1 and columns.shape[2 + i] != 1]
+        if reduced:
+            columns = columns.sum(reduced)
+        return columns.reshape(*columns.shape[:2], *shape)
+
+    def sum_squares(self, slot: str, V: Tensor) -> Tensor:
+        return self.columns(slot, V).square_().sum((0, 1))
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class EmbeddingUse(Use):
+    """z = W[indices]: rows of a table, a linear map of one-hot vectors."""
+
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    padding_idx: int | None = None
+
+    def is_matrix(self, slot: str) -> bool:
+        return True
+
+    def rows(self, V: Tensor, lead: int) -> Tensor:
+        """`(*lead, N, T, d)`, zero where the index is that of the padding."""
+        if self.padding_idx is not None:
+            V = V * (self.indices != self.padding_idx).unsqueeze(-1)
+        V = self.layout.split(V, lead)
+        return V.reshape(*V.shape[: lead + 1], -1, V.shape[-1])
+
+    def tokens(self) -> Tensor:
+        """The indices, `(N, T)`."""
+        return self.layout.split(self.indices).reshape(self.layout.samples, -1)
+
+    def columns(self, slot: str, V: Tensor) -> Tensor:
+        rows, tokens = self.rows(V, 1), self.tokens()
+        vocabulary, width = self.slots[slot].tensor.shape
+        out = rows.new_zeros(*rows.shape[:2], vocabulary, width)
+        where = tokens[None, :, :, None].expand_as(rows)
+        return out.scatter_add_(2, where, rows)
+
+    def total(self, slot: str, G: Tensor) -> Tensor:
+        vocabulary, width = self.slots[slot].tensor.shape
+        rows = self.rows(G, 0).reshape(-1, width)
+        return rows.new_zeros(vocabulary, width).index_add_(0, self.tokens().flatten(), rows)
+
+    def _distinct(self, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each sample the distinct tokens: sample, token, and the summed rows `(K, M, d)`."""
+        tokens = self.tokens()
+        vocabulary = len(self.slots["weight"].tensor)
+        offset = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * vocabulary
+        pairs, inverse = torch.unique((tokens + offset).flatten(), return_inverse=True)
+        rows = self.rows(V, 1).flatten(1, 2)
+        summed = rows.new_zeros(len(rows), len(pairs), rows.shape[-1])
+        summed.index_add_(1, inverse, rows)
+        return pairs // vocabulary, pairs % vocabulary, summed
+
+    def sum_squares(self, slot: str, V: Tensor) -> Tensor:
+        _, token, summed = self._distinct(V)
+        out = torch.zeros_like(self.slots[slot].tensor)
+        return out.index_add_(0, token, summed.square_().sum(0))
+
+    def norms(self, slot: str, G: Tensor) -> Tensor:
+        sample, _, summed = self._distinct(G.unsqueeze(0))
+        out = summed.new_zeros(self.layout.samples)
+        return out.index_add_(0, sample, summed[0].square_().sum(-1))
+
+
+# -- anything else -------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class CallUse(Use):
+    """A function without a rule: its vector-Jacobian product, sample by sample.
+
+    `args` holds tensors in place of weights and samples; `batched` lists the places of the latter.
+    """
+
+    function: Callable = torch.add
+    args: list[Any] = field(default_factory=list)
+    spec: Any = None
+    places: dict[str, int] = field(default_factory=dict)
+    batched: list[int] = field(default_factory=list)
+
+    def fits(self, layout: Layout) -> bool:
+        return layout.axis == 0 and layout.fold == 1
+
+    def columns(self, slot: str, V: Tensor) -> Tensor:
+        place = self.places[slot]
+
+        def one(v: Tensor, *samples: Tensor) -> Tensor:
+            def call(weight: Tensor) -> Tensor:
+                filled = list(self.args)
+                for where, sample in zip(self.batched, samples, strict=True):
+                    filled[where] = sample.unsqueeze(0)
+                filled[place] = weight
+                args, kwargs = pytree.tree_unflatten(filled, self.spec)
+                return self.function(*args, **kwargs)
+
+            _, pull = torch.func.vjp(call, self.slots[slot].tensor.detach())
+            return torch.func.vmap(lambda column: pull(column.unsqueeze(0))[0])(v)
+
+        rows = [self.args[where] for where in self.batched]
+        lanes = torch.func.vmap(one, in_dims=(1,) + (0,) * len(rows), out_dims=1)
+        return lanes(V, *rows)
+
+    def agrees(self, slot: str, G: Tensor) -> bool:
+        """Whether the samples' gradients add up to that of the whole call.
+
+        They do not if the function mixes samples, or a first axis of length N counts other things.
+        """
+        weight = self.slots[slot].tensor.detach().requires_grad_()
+        filled = list(self.args)
+        filled[self.places[slot]] = weight
+        args, kwargs = pytree.tree_unflatten(filled, self.spec)
+        with torch.enable_grad():
+            z = self.function(*args, **kwargs)
+            (whole,) = torch.autograd.grad(z, weight, G, allow_unused=True, materialize_grads=True)
+        try:
+            parts = self.total(slot, G)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False
+        scale = math.sqrt(torch.finfo(whole.dtype).eps) * float(whole.abs().max())
+        return bool(((parts - whole).abs() <= scale + torch.finfo(whole.dtype).tiny).all())

@@ -1,0 +1,659 @@
+"""Patterns planted in loss surfaces, or found there (Czarnecki et al.; Skorokhodov and Burtsev)."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from assay.functional import (
+    ParameterLayout,
+    bisect,
+    bracket,
+    call_with_vector,
+    filter_normalize,
+    parameters_to_vector,
+    random_direction,
+)
+from assay.landscape.evaluation import Batches, Evaluation, evaluate
+
+Pattern = Callable[[Tensor], Tensor]
+
+KNOT_SPREAD = 8.0  # slope of the random features: how fine a pattern they can follow
+RIDGE = 1e-10  # relative to the largest singular value of the features
+
+
+# -- the loss of a constant prediction ---------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class LogitLoss:
+    """The mean cross-entropy as a function σ(c) of a number c that is added to one logit.
+
+    It is convex; on its increasing branch, c ≥ c*, it takes every value from σ(c*) upwards exactly
+    once.
+
+    Args:
+        logits: what the model says without c, `(N, C)`, float64.
+        labels: class indices `(N,)`.
+        weights: share of each row, `(N,)`, sum 1.
+        logit: the class k whose logit c is added to.
+
+    Raises:
+        ValueError: if `logit` is no class of `logits`.
+
+    Example:
+        >>> import torch
+        >>> from assay.landscape import LogitLoss
+        >>> sigma = LogitLoss.constant(torch.tensor([0, 1, 1, 1]), classes=2)
+        >>> c = sigma.inverse(torch.tensor([1.0]).double())
+        >>> torch.allclose(sigma(c), torch.tensor([1.0]).double())
+        True
+    """
+
+    logits: Float[Tensor, "n c"]
+    labels: Int[Tensor, " n"]
+    weights: Float[Tensor, " n"]
+    logit: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.logit < self.logits.shape[1]:
+            raise ValueError(f"logit must be in 0…{self.logits.shape[1] - 1}, got {self.logit}")
+
+    @classmethod
+    def constant(cls, labels: Tensor, *, classes: int, logit: int = 0) -> "LogitLoss":
+        """σ_k of a model whose other logits are all zero: only the labels' marginal counts.
+
+        Args:
+            labels: class indices `(N,)`.
+            classes: number of classes C.
+            logit: the class k.
+        """
+        marginal = torch.bincount(labels, minlength=classes).double() / len(labels)
+        zeros = torch.zeros(classes, classes, dtype=torch.float64)
+        return cls(zeros, torch.arange(classes), marginal, logit)
+
+    def __call__(self, c: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+        """σ(c)."""
+        others = self.logits.clone()
+        others[:, self.logit] = -math.inf
+        rest = others.logsumexp(1)
+        own = self.logits[:, self.logit] + c.unsqueeze(1)
+        total = torch.logaddexp(own, rest.expand_as(own))
+        hit = self.labels == self.logit
+        said = torch.where(hit, own, self.logits.gather(1, self.labels[:, None]).squeeze(1))
+        return (total - said) @ self.weights
+
+    def minimum(self) -> tuple[float, float]:
+        """c* and σ(c*), the least loss that a pattern may ask for."""
+
+        def slope(c: Tensor, rows: Tensor) -> Tensor:
+            rest = self.logits.clone()
+            rest[:, self.logit] = -math.inf
+            own = self.logits[:, self.logit] + c.unsqueeze(1)
+            p = torch.sigmoid(own - rest.logsumexp(1))
+            return p @ self.weights - self.weights[self.labels == self.logit].sum()
+
+        one = torch.ones(1, dtype=torch.float64)
+        share = float(self.weights[self.labels == self.logit].sum())
+        if share == 0:  # the class does not occur: σ rises from −∞ on
+            return -math.inf, float(self(-1e3 * one))
+        if share == 1:
+            raise ValueError(f"all labels are {self.logit}: its logit only lowers the loss")
+        lowest = -float(bracket(lambda t, rows: -slope(-t, rows), one).high)
+        found = bisect(slope, lowest * one, bracket(slope, one, start=lowest * one).high)
+        at = float(found.point)
+        return at, float(self(found.point))
+
+    def inverse(self, values: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+        """c with σ(c) = value, on the increasing branch.
+
+        Args:
+            values: losses to be had.
+
+        Raises:
+            ValueError: if one of them is below the minimum; the message gives it.
+        """
+        at, least = self.minimum()
+        if float(values.min()) < least:
+            raise ValueError(
+                f"the pattern asks for a loss of {float(values.min()):.6g}, but adding to logit "
+                f"{self.logit} gives at least {least:.6g}: shift the pattern up"
+            )
+        start = torch.full_like(values, max(at, -1e3))
+
+        def excess(c: Tensor, rows: Tensor) -> Tensor:
+            return self(c) - values[rows]
+
+        upper = bracket(excess, torch.ones_like(values), start=start).high
+        return bisect(excess, start, upper, max_iter=100).point
+
+
+# -- patterns by construction ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PlantedPattern:
+    """Weights and directions along which a loss shows a given pattern.
+
+    L(origin + Σ h_i direction_i) ≈ T(h) for h in the unit cube [0, 1]^z.
+
+    Args:
+        model: the model, with the weights of the origin.
+        directions: `(z, P)`, each one entry of a bias.
+        sup_error: largest |L − T| on a dense check off the fitting points.
+        loss: the exact relation between the planted logit and the loss.
+        planted: the logit c(h) that the weights realise, as a function of `(m, z)`.
+
+    Example:
+        >>> import torch
+        >>> from assay.landscape import embed_pattern
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 128), torch.nn.ReLU(),
+        ...     torch.nn.Linear(128, 2))
+        >>> found = embed_pattern(net, lambda h: 1 + h[:, 0], torch.tensor([0, 1]), z=1)
+        >>> found.sup_error < 0.01
+        True
+    """
+
+    model: nn.Module
+    directions: Float[Tensor, "z p"]
+    sup_error: float
+    loss: LogitLoss
+    planted: Callable[[Tensor], Tensor]
+
+
+def embed_pattern(
+    model: nn.Module,
+    pattern: Pattern,
+    labels: Int[Tensor, " n"],
+    *,
+    z: int = 2,
+    logit: int = 0,
+    generator: torch.Generator | None = None,
+) -> PlantedPattern:
+    """Write weights into a ReLU net so that its loss surface shows any pattern one likes.
+
+    The first layer's weights become 0 and z entries of its bias the coordinates h; layers between
+    pass h on; the last hidden layer makes random ReLU features of h and the output weights fit
+    c(h) = σ⁻¹(T(h)) by least squares in float64. The prediction is the same for every input, so
+    the loss depends on the data through the labels' marginal alone.
+
+    Args:
+        model: a feed-forward ReLU net of at least two hidden `nn.Linear` layers with bias, e.g.
+            `nn.Sequential`; its weights are overwritten. The last hidden layer's width sets how
+            well the pattern is met.
+        pattern: T: points `(m, z)` of the unit cube to losses `(m,)`, in nats.
+        labels: of the data whose mean cross-entropy is meant.
+        z: number of dimensions.
+        logit: the class whose logit carries the pattern.
+        generator: source of the random features.
+
+    Returns:
+        The weights' directions and how well the pattern is met.
+
+    Raises:
+        ValueError: if the model is no such net, a layer is narrower than z, or the pattern asks for
+            less loss than a constant prediction can have.
+
+    Example:
+        >>> import torch
+        >>> from assay.landscape import embed_pattern
+        >>> from assay.models import MLP
+        >>> waves = lambda h: 1.5 + 0.3 * torch.sin(6 * h[:, 0]) * torch.cos(6 * h[:, 1])
+        >>> g = torch.Generator().manual_seed(0)
+        >>> found = embed_pattern(MLP((4, 8, 256, 3)), waves, torch.arange(3), generator=g)
+        >>> found.directions.shape[0], found.sup_error < 0.1
+        (2, True)
+
+    Reference:
+        Czarnecki, Osindero, Pascanu, Jaderberg, "A Deep Neural Network's Loss Surface Contains
+        Every Low-dimensional Pattern", 2019, arXiv:1912.07559.
+    """
+    layers = _relu_layers(model, z)
+    sigma = LogitLoss.constant(labels, classes=layers[-1].out_features, logit=logit)
+    planted = _write_pattern(layers, sigma, pattern, z, generator)
+    directions = _bias_directions(model, layers[0], z)
+    error = _sup_error(pattern, sigma, planted, z, generator)
+    return PlantedPattern(model, directions, error, sigma, planted)
+
+
+class PatternBeside(nn.Module):
+    """A trained net with a pattern net beside it, sharing the output: N*(x) + c(h) e_k.
+
+    What `embed_pattern_beside` makes; a widened network, block-diagonal but for the output.
+
+    Args:
+        trained: returns logits `(N, C)`.
+        beside: returns `(N, C)`, only logit k differs from zero.
+
+    Example:
+        >>> import torch
+        >>> from assay.landscape import PatternBeside
+        >>> both = PatternBeside(torch.nn.Linear(2, 3), torch.nn.Linear(2, 3))
+        >>> both(torch.ones(5, 2)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, trained: nn.Module, beside: nn.Module) -> None:
+        super().__init__()
+        self.trained = trained
+        self.beside = beside
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of both outputs."""
+        return self.trained(x) + self.beside(x.flatten(1))
+
+
+def embed_pattern_beside(
+    trained: nn.Module,
+    pattern: Pattern,
+    x: Tensor,
+    labels: Int[Tensor, " n"],
+    *,
+    width: int = 1024,
+    z: int = 2,
+    logit: int = 0,
+    generator: torch.Generator | None = None,
+) -> PlantedPattern:
+    """Plant a pattern whose lowest point is a trained network.
+
+    The net is widened by a pattern net that adds c(h) to one logit, with
+    σ*(c) = (1/N) Σ ℓ(N*(x_n) + c e_k, y_n) and c(h) = σ*⁻¹(T(h)). σ* at its minimum is at most the
+    trained loss. This construction is Assay's own; transfer to other data is approximate.
+
+    Args:
+        trained: any classifier returning logits; not changed, evaluated in evaluation mode.
+        pattern: T, at least min σ* everywhere.
+        x: inputs of the data whose loss is meant, `(N, ...)`.
+        labels: their classes.
+        width: random features of the pattern net.
+        z: number of dimensions.
+        logit: the class whose logit carries the pattern.
+        generator: source of the random features.
+
+    Returns:
+        A `PatternBeside` with its directions.
+
+    Raises:
+        ValueError: if the pattern asks for less loss than min σ*.
+
+    Example:
+        >>> import torch
+        >>> from assay.landscape import embed_pattern_beside
+        >>> net, x, y = torch.nn.Linear(2, 3), torch.randn(6, 2), torch.arange(6) % 3
+        >>> found = embed_pattern_beside(net, lambda h: 4 + h[:, 0], x, y, width=64, z=1)
+        >>> found.model(x).shape
+        torch.Size([6, 3])
+
+    Reference:
+        Czarnecki, Osindero, Pascanu, Jaderberg, 2019, arXiv:1912.07559, theorem 2, whose own
+        construction may differ.
+    """
+    was_training = trained.training
+    trained.eval()
+    with torch.no_grad():
+        logits = trained(x).double()
+    trained.train(was_training)
+    share = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
+    sigma = LogitLoss(logits.cpu(), labels.cpu(), share, logit)
+    first = next(trained.parameters())
+    sizes = (x[0].numel(), z, width, logits.shape[1])
+    beside = nn.Sequential(
+        nn.Linear(sizes[0], z), nn.ReLU(), nn.Linear(z, width), nn.ReLU(),
+        nn.Linear(width, sizes[3]),
+    ).to(first)  # fmt: skip
+    model = PatternBeside(trained, beside)
+    layers = _relu_layers(beside, z)
+    planted = _write_pattern(layers, sigma, pattern, z, generator)
+    directions = _bias_directions(model, layers[0], z)
+    error = _sup_error(pattern, sigma, planted, z, generator)
+    return PlantedPattern(model, directions, error, sigma, planted)
+
+
+def _relu_layers(model: nn.Module, z: int) -> list[nn.Linear]:
+    leaves = [m for m in model.modules() if not list(m.children())]
+    allowed = (nn.Linear, nn.ReLU, nn.Flatten, nn.Identity)
+    layers = [m for m in leaves if isinstance(m, nn.Linear)]
+    strange = [type(m).__name__ for m in leaves if not isinstance(m, allowed)]
+    if strange or len(layers) < 3:
+        raise ValueError(
+            "a pattern is embedded in a feed-forward net of Linear and ReLU with at least two "
+            f"hidden layers, got {len(layers)} Linear layers and {strange or 'ReLU'}"
+        )
+    narrow = [layer.out_features for layer in layers[:-1] if layer.out_features < z]
+    if narrow or any(layer.bias is None for layer in layers):
+        raise ValueError(f"every layer needs a bias and at least z = {z} units")
+    return layers
+
+
+@torch.no_grad()
+def _write_pattern(
+    layers: Sequence[nn.Linear],
+    sigma: LogitLoss,
+    pattern: Pattern,
+    z: int,
+    generator: torch.Generator | None,
+) -> Callable[[Tensor], Tensor]:
+    *passing, features, output = layers
+    for layer in layers:
+        layer.weight.zero_()
+        layer.bias.zero_()
+    for layer in passing[1:]:
+        # h ≥ 0 passes a ReLU unchanged.
+        layer.weight[:z, :z] = torch.eye(z)
+    width = features.out_features
+    d = torch.randn(width, z, generator=generator, dtype=torch.float64)
+    slopes = KNOT_SPREAD * d / d.norm(dim=1, keepdim=True)
+    # The kink of a feature goes through a random point of the cube.
+    through = torch.rand(width, z, generator=generator, dtype=torch.float64)
+    knots = -(slopes * through).sum(1)
+    # The model computes in its own precision: fit what it will see.
+    features.weight[:, :z] = slopes.to(features.weight)
+    features.bias.copy_(knots)
+    slopes, knots = features.weight[:, :z].double().cpu(), features.bias.double().cpu()
+    h = _cube(max(4 * width, 2048), z, generator)
+    target = sigma.inverse(pattern(h).double())
+    design = torch.cat([(h @ slopes.T + knots).relu(), torch.ones(len(h), 1).double()], dim=1)
+    solution = torch.linalg.lstsq(design, target[:, None], rcond=RIDGE, driver="gelsd").solution
+    output.weight[sigma.logit] = solution[:-1, 0].to(output.weight)
+    output.bias[sigma.logit] = solution[-1, 0].to(output.bias)
+    written = output.weight[sigma.logit].double().cpu(), output.bias[sigma.logit].double().cpu()
+
+    def planted(points: Tensor) -> Tensor:
+        hidden = (points.double() @ slopes.T + knots).relu()
+        return hidden @ written[0] + written[1]
+
+    return planted
+
+
+def _cube(points: int, z: int, generator: torch.Generator | None) -> Tensor:
+    """Points that fill the unit cube evenly: a Sobol sequence, shifted at random."""
+    shift = torch.rand(z, generator=generator, dtype=torch.float64)
+    grid = torch.quasirandom.SobolEngine(z).draw(points, dtype=torch.float64)
+    spread = (grid + shift) % 1
+    edges = torch.cartesian_prod(*[torch.linspace(0, 1, 17).double()] * z).reshape(-1, z)
+    on_edge = ((edges == 0) | (edges == 1)).any(1)
+    return torch.cat([spread, edges[on_edge]])
+
+
+def _sup_error(
+    pattern: Pattern,
+    sigma: LogitLoss,
+    planted: Callable[[Tensor], Tensor],
+    z: int,
+    generator: torch.Generator | None,
+) -> float:
+    h = _cube({1: 10_001, 2: 40_000}.get(z, 60_000), z, generator)
+    worst = 0.0
+    for part in h.split(4096):
+        error = sigma(planted(part)) - pattern(part).double()
+        worst = max(worst, float(error.abs().max()))
+    return worst
+
+
+def _bias_directions(model: nn.Module, first: nn.Linear, z: int) -> Tensor:
+    layout = ParameterLayout.of(model)
+    owner = {id(p): name for name, p in model.named_parameters()}[id(first.bias)]
+    rows = []
+    for i in range(z):
+        zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        zeros[owner][i] = 1
+        rows.append(layout.flatten(zeros))
+    return torch.stack(rows)
+
+
+# -- patterns by multi-point optimisation ------------------------------------------------------
+
+
+def load_mask(source: object) -> np.ndarray:
+    r"""A pattern of good (+1), bad (−1) and ignored (0) cells.
+
+    Args:
+        source: an array; a path to a `.npy` or text file; or text with one row a line, in which
+            `#` is good, `.` is bad and a blank is ignored.
+
+    Returns:
+        An integer array; row 0 is the top.
+
+    Raises:
+        ValueError: if it is not two-dimensional, holds other values, or lacks good or bad cells.
+
+    Example:
+        >>> from assay.landscape import load_mask
+        >>> load_mask("#.\n.#").tolist()
+        [[1, -1], [-1, 1]]
+    """
+    if isinstance(source, str) and ("\n" in source or not Path(source).exists()):
+        mask = _parse_mask(source)
+    elif isinstance(source, str | Path):
+        path = Path(source)
+        text = path.suffix != ".npy"
+        mask = _parse_mask(path.read_text()) if text else np.load(path, allow_pickle=False)
+    else:
+        mask = np.asarray(source)
+    if mask.ndim != 2 or not np.isin(mask, (-1, 0, 1)).all():
+        raise ValueError(f"a mask is two-dimensional with values −1, 0, 1, got shape {mask.shape}")
+    if not (mask == 1).any() or not (mask == -1).any():
+        raise ValueError("a mask needs at least one good (+1) and one bad (−1) cell")
+    return mask.astype(np.int64)
+
+
+def _parse_mask(text: str) -> np.ndarray:
+    rows = [line for line in text.splitlines() if line]
+    if not rows or set("".join(rows)) - set("#. "):
+        raise ValueError("a mask in text has only '#' (good), '.' (bad) and ' ' (ignored)")
+    width = max(map(len, rows))
+    cells = {"#": 1, ".": -1, " ": 0}
+    return np.array([[cells[c] for c in row.ljust(width)] for row in rows])
+
+
+class PlaneModel(nn.Module):
+    """A plane of weight vectors, w(α, β) = O + s (α u + β r), trained at many points at once.
+
+    O, R and U are three weight vectors; r = R − O, and u is U made orthogonal to r (in float64) and
+    as long. Rows of the mask run along −u (row 0 is on top), columns along r, its centre is O.
+
+    Args:
+        models: three initialisations of one architecture: origin, right, up. The first also
+            provides the forward pass.
+        scale: initial s, learned.
+        orthogonal: whether u is made orthogonal to r and of its length.
+
+    Raises:
+        ValueError: if there are not three models of one architecture.
+
+    Example:
+        >>> import torch
+        >>> from assay.landscape import PlaneModel
+        >>> plane = PlaneModel([torch.nn.Linear(2, 3) for _ in range(3)])
+        >>> plane(torch.ones(5, 2), torch.tensor([[0.0, 0.0], [1.0, -1.0]])).shape
+        torch.Size([2, 5, 3])
+
+    Reference:
+        Skorokhodov, Burtsev, "Loss Landscape Sightseeing with Multi-Point Optimization", 2019,
+        arXiv:1910.03867.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], *, scale: float = 0.1, orthogonal: bool = True
+    ) -> None:
+        super().__init__()
+        if len(models) != 3:
+            raise ValueError(f"models must be origin, right and up, got {len(models)}")
+        vectors = [parameters_to_vector(model) for model in models]
+        if len({len(vector) for vector in vectors}) != 1:
+            raise ValueError("models must be of one architecture")
+        self.origin, self.right, self.up = (nn.Parameter(v.clone()) for v in vectors)
+        self.scale = nn.Parameter(torch.tensor(scale).to(vectors[0]))
+        self.orthogonal = orthogonal
+        self.layout = ParameterLayout.of(models[0])
+        # Not a sub-module: its parameters are not trained and belong to no state_dict.
+        object.__setattr__(self, "_template", models[0])
+
+    def axes(self) -> tuple[Tensor, Tensor]:
+        """The directions u and r, `(P,)` each."""
+        r = (self.right - self.origin).double()
+        u = self.up.double()
+        if not self.orthogonal:
+            return (self.up - self.origin), r.to(self.origin)
+        u = u - (u @ r) / (r @ r) * r
+        u = u * (r.norm() / u.norm())
+        return u.to(self.origin), r.to(self.origin)
+
+    def weights(self, coordinates: Float[Tensor, "k 2"]) -> Float[Tensor, "k p"]:
+        """The weight vectors at points (α, β)."""
+        axes = torch.stack(self.axes())
+        return self.origin + self.scale * coordinates.to(axes) @ axes
+
+    def coordinates(self, mask: np.ndarray) -> Float[Tensor, "rows columns 2"]:
+        """(α, β) of every cell of a mask: unit steps, the mask's centre at the origin."""
+        rows, columns = mask.shape
+        alpha = (rows - 1) / 2 - torch.arange(rows)
+        beta = torch.arange(columns) - (columns - 1) / 2
+        return torch.stack(torch.meshgrid(alpha, beta, indexing="ij"), dim=-1).to(self.origin)
+
+    def forward(self, x: Tensor, coordinates: Float[Tensor, "k 2"]) -> Tensor:
+        """Outputs at K points, `(K, N, ...)`, in one batched pass."""
+        template = self._template.train(self.training)
+
+        def output(vector: Tensor) -> object:
+            return call_with_vector(template, vector, x, layout=self.layout)
+
+        return torch.func.vmap(output, randomness="different")(self.weights(coordinates))
+
+    def export(self, alpha: float, beta: float) -> Mapping[str, Tensor]:
+        """The parameters at (α, β), by name, for `load_state_dict(..., strict=False)`."""
+        with torch.no_grad():
+            vector = self.weights(torch.tensor([[alpha, beta]]))[0]
+        return {name: t.clone() for name, t in self.layout.unflatten(vector).items()}
+
+
+class MultiPointLoss(nn.Module):
+    """Low loss at good points, high loss at bad ones: mean CE(good) − c · mean min(CE(bad), τ).
+
+    Args:
+        clip: τ, above which a bad point is bad enough, in nats.
+        negative_weight: c.
+
+    Raises:
+        ValueError: if `clip` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from assay.landscape import MultiPointLoss
+        >>> criterion = MultiPointLoss(clip=2.5)
+        >>> logits = torch.zeros(4, 6, 3)  # four points, six samples
+        >>> good = torch.tensor([True, True, False, False])
+        >>> round(criterion(logits, torch.zeros(6, dtype=torch.long), good).item(), 6)
+        0.0
+    """
+
+    def __init__(self, clip: float = 2.5, negative_weight: float = 1.0) -> None:
+        super().__init__()
+        if not clip > 0:
+            raise ValueError(f"clip must be positive, got {clip}")
+        self.clip = clip
+        self.negative_weight = negative_weight
+
+    def forward(self, logits: Tensor, target: Tensor, good: Tensor) -> Tensor:
+        """The loss of outputs `(K, N, C)` at points that are `good` `(K,)` or bad."""
+        k, n = logits.shape[:2]
+        repeated = target.repeat(k)
+        losses = F.cross_entropy(logits.flatten(0, 1), repeated, reduction="none").view(k, n)
+        means = losses.mean(1)
+        bad = means[~good].clamp(max=self.clip)
+        zero = means.new_zeros(())
+        pull = means[good].mean() if bool(good.any()) else zero
+        push = bad.mean() if len(bad) else zero
+        return pull - self.negative_weight * push
+
+
+# -- looking at a plane ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def random_plane(
+    model: nn.Module, *, generator: torch.Generator | None = None
+) -> Float[Tensor, "2 p"]:
+    """Two random directions, each filter as long as the model's own.
+
+    Args:
+        model: at whose weights the plane starts.
+        generator: source of randomness.
+
+    Returns:
+        The directions `(2, P)`.
+
+    Example:
+        >>> import torch
+        >>> from assay.landscape import random_plane
+        >>> random_plane(torch.nn.Linear(3, 2)).shape
+        torch.Size([2, 8])
+
+    Reference:
+        Li, Xu, Taylor, Studer, Goldstein, "Visualizing the Loss Landscape of Neural Nets",
+        NeurIPS 2018.
+    """
+    drawn = [random_direction(model, generator=generator) for _ in range(2)]
+    return torch.stack([filter_normalize(d, model) for d in drawn])
+
+
+def scan_plane(
+    model: nn.Module,
+    directions: Float[Tensor, "2 p"],
+    batches: Mapping[str, Batches],
+    *,
+    first: Tensor,
+    second: Tensor,
+    origin: Tensor | None = None,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    bn_batches: Iterable[object] | None = None,
+    chunk_size: int = 8,
+) -> dict[str, Evaluation]:
+    """Loss and accuracy on a grid of a plane, origin + a · d₁ + b · d₂.
+
+    BatchNorm statistics are recomputed at every point, see `evaluate`: with those of one point the
+    picture of the others is false.
+
+    Args:
+        model: left as it was.
+        directions: d₁ and d₂.
+        batches: data by name.
+        first: values of a, `(A,)`.
+        second: values of b, `(B,)`.
+        origin: `(P,)`; default the model's weights.
+        loss_fn: `(output, target) -> scalar`.
+        bn_batches: data for running statistics, if the model has any.
+        chunk_size: weight vectors at a time.
+
+    Returns:
+        For each set an `Evaluation` with A · B entries, b running fastest: `.loss.view(A, B)`.
+
+    Raises:
+        ValueError: if `directions` is not `(2, P)`.
+
+    Example:
+        >>> import torch
+        >>> from assay.landscape import random_plane, scan_plane
+        >>> net = torch.nn.Linear(2, 3)
+        >>> data = {"train": [(torch.randn(8, 2), torch.arange(8) % 3)]}
+        >>> axis = torch.linspace(-1, 1, 3)
+        >>> found = scan_plane(net, random_plane(net), data, first=axis, second=axis)
+        >>> found["train"].loss.view(3, 3).shape
+        torch.Size([3, 3])
+    """
+    start = parameters_to_vector(model) if origin is None else origin
+    if directions.shape != (2, len(start)):
+        raise ValueError(
+            f"directions must have shape (2, {len(start)}), got {tuple(directions.shape)}"
+        )
+    points = (start + a * directions[0] + b * directions[1] for a in first for b in second)
+    return evaluate(
+        model, points, batches, loss_fn=loss_fn, bn_batches=bn_batches, chunk_size=chunk_size
+    )
