@@ -485,7 +485,7 @@ def agreement_table(
 
 def class_table(
     correct: Bool[Tensor, "e n x"],
-    labels: Int[Tensor, " x"],
+    labels: Int[Tensor, " _"],
     classes: Sequence[str] | None = None,
 ) -> list[dict[str, float | str]]:
     """Learning order class by class; agreement over all classes can hide that one is never learned.
@@ -551,7 +551,7 @@ class OrderCorrelation:
 
 def order_correlation(
     a: Float[Tensor, " x"],
-    b: Float[Tensor, " x"],
+    b: Float[Tensor, " _"],
     method: str = "spearman",
     *,
     ci: str | None = "bootstrap",
@@ -627,7 +627,7 @@ def order_correlation(
     return OrderCorrelation(estimate, float(low), float(high))
 
 
-def _correlation(x: np.ndarray, y: np.ndarray, method: str) -> np.ndarray:
+def _correlation(x: np.ndarray, y: np.ndarray, method: str) -> np.ndarray | np.floating:
     """Correlation along the last axis."""
     if method == "spearman":
         x, y = stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1)
@@ -662,7 +662,7 @@ class NestedLearning:
 
 
 def nested_learning(
-    c_weak: Bool[Tensor, "n x"], c_strong: Bool[Tensor, "m x"], *, threshold: float = 0.9
+    c_weak: Bool[Tensor, "n x"], c_strong: Bool[Tensor, "m _"], *, threshold: float = 0.9
 ) -> NestedLearning:
     """Compare what two collections of models have learned.
 

@@ -118,6 +118,19 @@ class Capture(TorchFunctionMode):
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._inputs = {id(leaf): leaf for leaf in leaves if samples in leaf.shape}
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that the samples came in."""
+        return list(self._inputs.values())
+
+    def forget(self) -> None:
+        """Let go of everything: nothing of the graph outlives the call."""
+        self.record.clear()
+        for tensor in self._inputs.values():
+            tensor.__dict__.pop(_MARK, None)
+        self._inputs = {}
+        self._weights = {}
+
     def _mark_of(self, tensor: Tensor) -> Any:
         """A `Weight`, `SAMPLE`, or None for a constant."""
         weight = self._weights.get(id(tensor))

@@ -22,6 +22,8 @@ class KroneckerFactors:
         shape: of the parameter.
         left: `(groups, m, m)`, or `(groups, m)` for a diagonal.
         right: `(groups, n, n)` or `(groups, n)`; None if `left` is the whole block.
+        grads_left: whether `left` comes from gradients and `right` from activations, or the other
+            way round (embeddings, transposed convolutions, matrices multiplied from the right).
 
     Raises:
         ValueError: if the factors do not fit the shape.
@@ -41,7 +43,14 @@ class KroneckerFactors:
         Curvature", ICML 2015.
     """
 
-    def __init__(self, shape: tuple[int, ...], left: Tensor, right: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        left: Tensor,
+        right: Tensor | None = None,
+        *,
+        grads_left: bool = True,
+    ) -> None:
         sizes = [len(left), left.shape[-1]] + ([] if right is None else [right.shape[-1]])
         if math.prod(sizes) != math.prod(shape) or (right is not None and len(right) != len(left)):
             raise ValueError(
@@ -52,6 +61,7 @@ class KroneckerFactors:
         self.shape = tuple(shape)
         self.left = left
         self.right = right
+        self.grads_left = grads_left
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -123,9 +133,8 @@ class KroneckerFactors:
             return KroneckerFactors(self.shape, _inverse(self.left, self.left.new_tensor(damping)))
         pi = self._balance()
         root = math.sqrt(damping)
-        return KroneckerFactors(
-            self.shape, _inverse(self.left, root / pi), _inverse(self.right, root * pi)
-        )
+        left, right = _inverse(self.left, root / pi), _inverse(self.right, root * pi)
+        return KroneckerFactors(self.shape, left, right, grads_left=self.grads_left)
 
     def _balance(self) -> Tensor:
         """π of each group; 1 where a factor is zero."""
@@ -137,7 +146,12 @@ class KroneckerFactors:
 
     def state_dict(self) -> dict[str, Any]:
         """Shape and factors."""
-        return {"shape": self.shape, "left": self.left, "right": self.right}
+        return {
+            "shape": self.shape,
+            "left": self.left,
+            "right": self.right,
+            "grads_left": self.grads_left,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take shape and factors from `state_dict`.
@@ -147,22 +161,26 @@ class KroneckerFactors:
         """
         self.shape = tuple(state["shape"])
         self.left, self.right = state["left"], state["right"]
+        self.grads_left = state["grads_left"]
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "KroneckerFactors":
         """New factors from `state_dict`."""
-        return cls(tuple(state["shape"]), state["left"], state["right"])
+        return cls(
+            tuple(state["shape"]), state["left"], state["right"], grads_left=state["grads_left"]
+        )
 
     def scaled(self, left: float, right: float = 1.0) -> "KroneckerFactors":
         """With each factor multiplied by a number."""
-        return KroneckerFactors(
-            self.shape, self.left * left, None if self.right is None else self.right * right
-        )
+        other = None if self.right is None else self.right * right
+        return KroneckerFactors(self.shape, self.left * left, other, grads_left=self.grads_left)
 
     def plus(self, other: "KroneckerFactors") -> "KroneckerFactors":
         """Factor by factor; an average over batches, not the sum of the blocks."""
         right = None if self.right is None or other.right is None else self.right + other.right
-        return KroneckerFactors(self.shape, self.left + other.left, right)
+        return KroneckerFactors(
+            self.shape, self.left + other.left, right, grads_left=self.grads_left
+        )
 
 
 def _dense(factor: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class Plan:
         for part in source.parts:
             rows = part.use.columns(part.slot, _lead(part.gather(gradients)))[0]
             rows = _pull_back(part.weight, rows, source)
-            total = rows if total is None else total.add_(rows)
+            total = rows if total is None else total + rows  # may be views of gradients
         if total is None:
             return source.parameter.new_zeros(self.objective.samples, *source.parameter.shape)
         return total
@@ -210,13 +210,17 @@ class Plan:
                         sources[root].parts.append(Part(use, slot, places))
         return sources
 
-    def check(self, gradients: list[Tensor]) -> bool:
-        """Give up uses whose rule does not hold; whether any was, so that it has to start again.
+    @property
+    def doubtful(self) -> bool:
+        """Whether a rule needs `check`."""
+        return any(isinstance(use, CallUse) or not use.intact for use in self.uses)
+
+    def check(self, gradients: list[Tensor]) -> None:
+        """Give up rules that do not hold: changed inputs, functions that mix samples.
 
         Args:
             gradients: of the loss.
         """
-        given_up = False
         for source in self.sources.values():
             for part in source.parts:
                 use = part.use
@@ -225,10 +229,8 @@ class Plan:
                     fine = use.agrees(part.slot, part.gather(gradients))  # type: ignore[arg-type]
                 if not fine:
                     source.opaque = "no rule holds for one of its uses"
-                    given_up = True
             if source.opaque is not None:
                 source.parts = []
-        return given_up
 
 
 def _lead(gradients: object) -> object:

@@ -9,6 +9,7 @@ from assay.curvature.kronecker import KroneckerFactors
 from assay.curvature.layout import Layout
 from assay.curvature.plan import Part, Plan, Source
 from assay.curvature.uses import EmbeddingUse, MatrixUse, outer_sum, summed_products
+from assay.functional import Likelihood
 
 EXACT = ("diag_ggn", "kflr")
 MONTE_CARLO = ("diag_ggn_mc", "kfac")
@@ -39,17 +40,15 @@ def second_order(
         if not wanted:
             continue
         likelihood, output, target, layout, scale = plan.objective.curvature()
-        z = output.detach().to(torch.promote_types(output.dtype, torch.float32))
-        if exact:
-            columns = separate_positions(likelihood.factor(z, target), layout)
-        else:
-            columns = likelihood.draw(z, target, mc_samples, generator=generator)
+        draws = None if exact else mc_samples
+        columns = output_columns(
+            likelihood, output, target, layout, draws=draws, generator=generator
+        )
         makers = {
             name: [_maker(quantity, source, plan, kfac_approx, max_features) for quantity in wanted]
             for name, source in plan.sources.items()
         }
-        for column in columns:
-            tangent = column.to(output.dtype)
+        for tangent in columns:
             gradients = plan.gradients([output], [tangent])
             for name, source in plan.sources.items():
                 _add_column(plan, source, makers[name], gradients, output, tangent)
@@ -58,34 +57,44 @@ def second_order(
     return found
 
 
-def separate_positions(columns: Tensor, layout: Layout) -> Tensor:
-    """One column for each position of a sample, if the output has several.
-
-    The loss's Hessian has a block for each position (token, pixel) of a sample. A column that is
-    non-zero at several of them would, once squared, mix them.
+def output_columns(
+    likelihood: Likelihood,
+    output: Tensor,
+    target: Tensor,
+    layout: Layout,
+    *,
+    draws: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Columns of the loss's Hessian root at the output, `(K, *output.shape)`.
 
     Args:
-        columns: `(K, *output.shape)`, with S Sᵀ right for each position by itself.
-        layout: of the output; the classes are its dimension 1 unless it is folded.
+        likelihood: of the loss.
+        output: of the model.
+        target: of the loss.
+        layout: of the output.
+        draws: None for the exact root.
+        generator: of the draws.
     """
-    rest = layout.split(columns, 1)
-    # (K, N, fold, C) or (K, N, C, positions...)
-    where = (2,) if layout.fold > 1 else tuple(range(3, rest.ndim))
-    positions = math.prod(rest.shape[d] for d in where)
-    if positions <= 1:
+    z = output.detach().to(torch.promote_types(output.dtype, torch.float32))
+    if layout.axis:
+        z, target = z.movedim(layout.axis, 0), target.movedim(layout.axis, 0)
+    if draws is not None:
+        columns = likelihood.draw(z, target, draws, generator=generator)
+    else:
+        columns = likelihood.factor(z, target)
+    if layout.axis:
+        columns = columns.movedim(1, 1 + layout.axis)
+    columns = columns.to(output.dtype)
+    if layout.fold == 1 or draws is not None:
         return columns
-    occupied = rest.ne(0).any(1)  # columns of a likelihood that are separate already stay so
-    flat = occupied.movedim([d - 1 for d in where], range(1, 1 + len(where)))
-    if bool((flat.flatten(1, len(where)).flatten(2).any(2).sum(1) <= 1).all()):
-        return columns
-    out = columns.new_zeros(positions, *columns.shape)
-    target = layout.split(out, 2).movedim([d + 1 for d in where], range(1, 1 + len(where)))
-    source = rest.movedim(where, range(len(where)))
-    target = target.flatten(1, len(where)) if len(where) > 1 else target
-    source = source.flatten(0, len(where) - 1) if len(where) > 1 else source
-    for position in range(positions):
-        target[position, position] = source[position]
-    return out.flatten(0, 1)
+    # The positions folded into the samples' axis are independent terms of one sample's loss: each
+    # gets columns of its own, for the squares must not mix them.
+    separate = columns.new_zeros(layout.fold, *columns.shape)
+    target_rows, rows = layout.split(separate, 2), layout.split(columns, 1)
+    for position in range(layout.fold):
+        target_rows[position, :, :, position] = rows[:, :, position]
+    return separate.flatten(0, 1)
 
 
 def _add_column(
@@ -190,14 +199,16 @@ class _Product:
             counts = self._token_counts(use)
             width = shape[1]
             total = counts.new_zeros(1, width, width) if self.total is None else self.total
-            return KroneckerFactors(shape, counts / self.samples, total * (scale / self.positions))
+            B = total * (scale / self.positions)
+            return KroneckerFactors(shape, counts / self.samples, B, grads_left=False)
         a = use.activation_covariance(self.approx)  # type: ignore[attr-defined]
         if self.total is None:
             features = math.prod(shape) // (a.shape[0] * a.shape[1])
             self.total = a.new_zeros(len(a), features, features)
         B = self.total * (scale / self.positions)
-        left, right = (B, a) if use.grads_left else (a, B)  # type: ignore[attr-defined]
-        return KroneckerFactors(shape, left, right)
+        grads_left = use.grads_left  # type: ignore[attr-defined]
+        left, right = (B, a) if grads_left else (a, B)
+        return KroneckerFactors(shape, left, right, grads_left=grads_left)
 
     def _token_counts(self, use: EmbeddingUse) -> Tensor:
         tokens = use.tokens().flatten()
@@ -211,23 +222,20 @@ class _Block:
     """The exact block of a bias, a scale, or whatever is no matrix; its diagonal if it is large."""
 
     def __init__(self, source: Source, max_features: int) -> None:
-        self.part = None
+        self.part = source.single
         self.source = source
         self.dense = source.parameter.numel() <= max_features
-        self.bias = source.single
-        if self.bias is not None:
-            self.part = self.bias
         size = source.parameter.numel()
         shape = (1, size, size) if self.dense else (1, size)
         self.total = source.parameter.detach().new_zeros(shape)
 
     def add(self, V) -> None:
-        assert self.bias is not None
+        assert self.part is not None
         lead = [v.unsqueeze(0) for v in V] if isinstance(V, list) else V.unsqueeze(0)
         if not self.dense:
-            self.total += self.bias.use.sum_squares(self.bias.slot, lead).flatten()
+            self.total += self.part.use.sum_squares(self.part.slot, lead).flatten()
             return
-        self.add_rows(self.bias.use.columns(self.bias.slot, lead)[0])
+        self.add_rows(self.part.use.columns(self.part.slot, lead)[0])
 
     def add_rows(self, rows: Tensor) -> None:
         rows = rows.flatten(1)

@@ -82,7 +82,7 @@ class Use:
     def sum_squares(self, slot: str, V: Tensor) -> Tensor:
         """The squares of `columns`, summed over columns and samples."""
         return sum(  # type: ignore[return-value]
-            self.columns(slot, v.unsqueeze(0)).square_().sum((0, 1)) for v in V
+            self.columns(slot, v.unsqueeze(0)).square().sum((0, 1)) for v in V
         )
 
     def cheap_rows(self, slot: str) -> bool:
@@ -454,7 +454,7 @@ class ElementUse(Use):
         return columns.reshape(*columns.shape[:2], *shape)
 
     def sum_squares(self, slot: str, V: Tensor) -> Tensor:
-        return self.columns(slot, V).square_().sum((0, 1))
+        return self.columns(slot, V).square().sum((0, 1))
 
 
 # -- tables --------------------------------------------------------------------------------------

@@ -127,10 +127,11 @@ def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
         if not ready:
             missing = [rank for rank in range(len(receivers)) if rank not in results]
             raise TimeoutError(f"ranks {missing} were not done in time")
-        for receiver in ready:
-            rank = receivers.index(receiver)  # type: ignore[arg-type]
+        for rank, receiver in enumerate(receivers):
+            if receiver not in ready:
+                continue
             try:
-                done, value = receivers[rank].recv()
+                done, value = receiver.recv()
             except EOFError:
                 raise RuntimeError(f"rank {rank} died without a word") from None
             if not done:

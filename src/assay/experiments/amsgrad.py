@@ -148,8 +148,8 @@ CLAIMS = (
         expect=at_most(-0.9),
         over_seeds="every",
         how="as above, β2_t = 1 − 1/t",
-        discussion="AdamNC is slow, not wrong: from a start at +0.72 it is at −0.44 after 3·10⁵ steps "
-        "and, by the scalar recursion, at −0.99 after 10⁶; from 0 it arrives in time (table).",
+        discussion="AdamNC is slow, not wrong: from a start at +0.72 it is at −0.44 after 3·10⁵ "
+        "steps and, by the scalar recursion, at −0.99 after 10⁶; from 0 it arrives (table).",
     ),
     Claim(
         "stochastic-adam",

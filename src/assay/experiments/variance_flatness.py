@@ -316,8 +316,8 @@ def _plot(lab: Lab, config: Config, found: dict[str, Tensor]) -> None:
     drift = ranks < config.first
     for chosen, label in ((drift, "drift, not in the fit"), (~drift, "in the fit")):
         width, variance = found["width"][chosen], found["variance"][chosen]
-        left.loglog(width, variance, ".", label=label)
-        right.loglog(ranks[chosen], width, ".", label=label)
+        left.loglog(width.numpy(), variance.numpy(), ".", label=label)
+        right.loglog(ranks[chosen].numpy(), width.numpy(), ".", label=label)
     left.set(xlabel="flatness F", ylabel="variance σ²")
     left.legend()
     right.set(xlabel="rank of the direction", ylabel="flatness F")

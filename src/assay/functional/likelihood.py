@@ -75,7 +75,8 @@ class Likelihood:
     def factor(self, output: Tensor, target: Tensor) -> Float[Tensor, "columns n *rest"]:
         """The columns of S, shape `(K, N, ...)` with the output's own shape behind K.
 
-        Cross-entropy needs C − 1 columns: the null vector √p of its Hessian is left out.
+        Cross-entropy needs C − 1 columns: the null vector √p of its Hessian is left out. An output
+        with positions, `(N, C, ...)`, has so many for each: their terms do not interact.
         """
         if isinstance(self.loss, nn.MSELoss):
             return math.sqrt(2.0) * _unit_columns(output)
@@ -127,8 +128,8 @@ class Likelihood:
         q[..., 1:, :] += torch.eye(p.shape[-1] - 1, dtype=p.dtype, device=p.device)
         columns = root.unsqueeze(-1) * q  # √pᵀ Q = 0 removes the second term
         weight = self._weights(output, target).sqrt()
-        columns = columns * weight[..., None, None]
-        return columns.movedim(-1, 0).movedim(-1, 2)
+        columns = (columns * weight[..., None, None]).movedim(-1, 0).movedim(-1, 2)
+        return _separate_positions(columns)
 
     def _weights(self, output: Tensor, target: Tensor) -> Tensor:
         """Weight of every position's term of the cross-entropy, shape of the class indices."""
@@ -230,3 +231,14 @@ def _unit_columns(output: Tensor) -> Tensor:
     eye = torch.eye(features, dtype=output.dtype, device=output.device)
     columns = eye.view(features, 1, *output.shape[1:])
     return columns.expand(features, *output.shape).clone()
+
+
+def _separate_positions(columns: Tensor) -> Tensor:
+    """From `(K, N, C, *positions)` to columns that are non-zero at one position each."""
+    positions = columns.shape[3:].numel()
+    if columns.ndim == 3 or positions == 1:
+        return columns
+    flat = columns.flatten(3)
+    mask = torch.eye(positions, dtype=columns.dtype, device=columns.device)
+    separate = flat.unsqueeze(1) * mask[:, None, None, :]
+    return separate.flatten(0, 1).view(-1, *columns.shape[1:])

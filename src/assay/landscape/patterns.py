@@ -175,6 +175,7 @@ def embed_pattern(
     *,
     z: int = 2,
     logit: int = 0,
+    tries: int = 3,
     generator: torch.Generator | None = None,
 ) -> PlantedPattern:
     """Write weights into a ReLU net so that its loss surface shows any pattern one likes.
@@ -192,6 +193,7 @@ def embed_pattern(
         labels: of the data whose mean cross-entropy is meant.
         z: number of dimensions.
         logit: the class whose logit carries the pattern.
+        tries: draws of the random features, of which the best is kept.
         generator: source of the random features.
 
     Returns:
@@ -217,7 +219,7 @@ def embed_pattern(
     """
     layers = _relu_layers(model, z)
     sigma = LogitLoss.constant(labels, classes=layers[-1].out_features, logit=logit)
-    planted = _write_pattern(layers, sigma, pattern, z, generator)
+    planted = _write_pattern(layers, sigma, pattern, z, tries, generator)
     directions = _bias_directions(model, layers[0], z)
     error = _sup_error(pattern, sigma, planted, z, generator)
     return PlantedPattern(model, directions, error, sigma, planted)
@@ -259,6 +261,7 @@ def embed_pattern_beside(
     width: int = 1024,
     z: int = 2,
     logit: int = 0,
+    tries: int = 3,
     generator: torch.Generator | None = None,
 ) -> PlantedPattern:
     """Plant a pattern whose lowest point is a trained network.
@@ -275,6 +278,7 @@ def embed_pattern_beside(
         width: random features of the pattern net.
         z: number of dimensions.
         logit: the class whose logit carries the pattern.
+        tries: draws of the random features, of which the best is kept.
         generator: source of the random features.
 
     Returns:
@@ -310,7 +314,7 @@ def embed_pattern_beside(
     ).to(first)  # fmt: skip
     model = PatternBeside(trained, beside)
     layers = _relu_layers(beside, z)
-    planted = _write_pattern(layers, sigma, pattern, z, generator)
+    planted = _write_pattern(layers, sigma, pattern, z, tries, generator)
     directions = _bias_directions(model, layers[0], z)
     error = _sup_error(pattern, sigma, planted, z, generator)
     return PlantedPattern(model, directions, error, sigma, planted)
@@ -338,6 +342,7 @@ def _write_pattern(
     sigma: LogitLoss,
     pattern: Pattern,
     z: int,
+    tries: int,
     generator: torch.Generator | None,
 ) -> Callable[[Tensor], Tensor]:
     *passing, features, output = layers
@@ -347,23 +352,16 @@ def _write_pattern(
     for layer in passing[1:]:
         # h ≥ 0 passes a ReLU unchanged.
         layer.weight[:z, :z] = torch.eye(z)
-    width = features.out_features
-    d = torch.randn(width, z, generator=generator, dtype=torch.float64)
-    slopes = KNOT_SPREAD * d / d.norm(dim=1, keepdim=True)
-    # The kink of a feature goes through a random point of the cube.
-    through = torch.rand(width, z, generator=generator, dtype=torch.float64)
-    knots = -(slopes * through).sum(1)
-    # The model computes in its own precision: fit what it will see.
+    h = _cube(max(4 * features.out_features, 2048), z, generator)
+    target = sigma.inverse(pattern(h).double())
+    fits = [_fit_features(features, h, target, generator) for _ in range(tries)]
+    slopes, knots, solution, _ = min(fits, key=lambda fit: fit[3])
     features.weight[:, :z] = slopes.to(features.weight)
     features.bias.copy_(knots)
-    slopes, knots = features.weight[:, :z].double().cpu(), features.bias.double().cpu()
-    h = _cube(max(4 * width, 2048), z, generator)
-    target = sigma.inverse(pattern(h).double())
-    design = torch.cat([(h @ slopes.T + knots).relu(), torch.ones(len(h), 1).double()], dim=1)
-    solution = torch.linalg.lstsq(design, target[:, None], rcond=RIDGE, driver="gelsd").solution
-    output.weight[sigma.logit] = solution[:-1, 0].to(output.weight)
-    output.bias[sigma.logit] = solution[-1, 0].to(output.bias)
-    written = output.weight[sigma.logit].double().cpu(), output.bias[sigma.logit].double().cpu()
+    output.weight[sigma.logit] = solution[:-1].to(output.weight)
+    output.bias[sigma.logit] = solution[-1].to(output.bias)
+    row = output.weight[sigma.logit], output.bias[sigma.logit]
+    written = [t.detach().double().cpu() for t in row]
 
     def planted(points: Tensor) -> Tensor:
         hidden = (points.double() @ slopes.T + knots).relu()
@@ -372,14 +370,34 @@ def _write_pattern(
     return planted
 
 
+def _fit_features(
+    features: nn.Linear, h: Tensor, target: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Random slopes and knots, the output weights that fit them best, and their largest error."""
+    width, z = features.out_features, h.shape[1]
+    d = torch.randn(width, z, generator=generator, dtype=torch.float64)
+    slopes = KNOT_SPREAD * d / d.norm(dim=1, keepdim=True)
+    # The kinks go through points that fill the cube evenly.
+    knots = -(slopes * _sobol(width, z, generator)).sum(1)
+    # The model computes in its own precision: fit what it will see.
+    slopes, knots = (t.to(features.weight.dtype).double() for t in (slopes, knots))
+    design = torch.cat([(h @ slopes.T + knots).relu(), torch.ones(len(h), 1).double()], dim=1)
+    solution = torch.linalg.lstsq(design, target[:, None], rcond=RIDGE, driver="gelsy").solution
+    return slopes, knots, solution[:, 0], float((design @ solution - target[:, None]).abs().max())
+
+
 def _cube(points: int, z: int, generator: torch.Generator | None) -> Tensor:
-    """Points that fill the unit cube evenly: a Sobol sequence, shifted at random."""
-    shift = torch.rand(z, generator=generator, dtype=torch.float64)
-    grid = torch.quasirandom.SobolEngine(z).draw(points, dtype=torch.float64)
-    spread = (grid + shift) % 1
+    """Points that fill the unit cube and its edges."""
+    spread = _sobol(points, z, generator)
     edges = torch.cartesian_prod(*[torch.linspace(0, 1, 17).double()] * z).reshape(-1, z)
     on_edge = ((edges == 0) | (edges == 1)).any(1)
     return torch.cat([spread, edges[on_edge]])
+
+
+def _sobol(points: int, z: int, generator: torch.Generator | None) -> Tensor:
+    """A Sobol sequence, shifted at random."""
+    shift = torch.rand(z, generator=generator, dtype=torch.float64)
+    return (torch.quasirandom.SobolEngine(z).draw(points, dtype=torch.float64) + shift) % 1
 
 
 def _sup_error(

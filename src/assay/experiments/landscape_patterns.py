@@ -1,0 +1,386 @@
+"""A deep network's loss surface contains every low-dimensional pattern (Czarnecki et al., 2019)."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from assay.data import Batches, Dataset
+from assay.functional import call_with_vector, parameters_to_vector
+from assay.lab import Claim, Lab, Paper, at_least, at_most
+from assay.landscape import (
+    LogitLoss,
+    MultiPointLoss,
+    PlaneModel,
+    embed_pattern,
+    embed_pattern_beside,
+    evaluate,
+    load_mask,
+)
+from assay.models import MLP
+
+PAPER = Paper(
+    slug="landscape-patterns",
+    title="A Deep Neural Network's Loss Surface Contains Every Low-dimensional Pattern",
+    authors=("W. M. Czarnecki", "S. Osindero", "R. Pascanu", "M. Jaderberg"),
+    year=2019,
+    url="https://arxiv.org/abs/1912.07559",
+    topic="landscape",
+    summary=(
+        "A two-dimensional picture of a loss surface can show anything: plant a pattern in a "
+        "model exactly, or find one by training a plane of weights (with I. Skorokhodov and "
+        "M. Burtsev, arXiv:1910.03867)."
+    ),
+    components=(
+        "assay.landscape.embed_pattern",
+        "assay.landscape.embed_pattern_beside",
+        "assay.landscape.LogitLoss",
+        "assay.landscape.PlaneModel",
+        "assay.landscape.MultiPointLoss",
+        "assay.landscape.load_mask",
+        "assay.landscape.scan_plane",
+        "assay.landscape.random_plane",
+    ),
+)
+
+_SUP = "largest |L − T| on a dense check off the fitting points, real labels"
+
+CLAIMS = (
+    Claim(
+        "pattern-256",
+        "A net of width 256 shows a smooth two-dimensional pattern",
+        paper="any ε",
+        expect=at_most(0.05),
+        kind="exact",
+        unit="nats",
+        how=_SUP,
+    ),
+    Claim(
+        "pattern-1024",
+        "A net of width 1024 shows it more exactly",
+        paper="any ε",
+        expect=at_most(0.02),
+        kind="exact",
+        unit="nats",
+        how=_SUP,
+    ),
+    Claim(
+        "error-falls-with-width",
+        "The error falls as the net gets wider",
+        expect=at_most(1.0),
+        kind="exact",
+        unit="ratio of consecutive errors",
+        how="widths 64, 256 and 1024: error of each / error of the one before",
+    ),
+    Claim(
+        "pattern-1d",
+        "One-dimensional patterns are contained",
+        expect=at_most(0.02),
+        kind="exact",
+        unit="nats",
+        how=f"z = 1, width 1024: {_SUP}",
+    ),
+    Claim(
+        "pattern-3d",
+        "Three-dimensional patterns are contained",
+        expect=at_most(0.1),
+        kind="exact",
+        unit="nats",
+        how=f"z = 3, width 1024: {_SUP}",
+    ),
+    Claim(
+        "input-free",
+        "The planted loss does not depend on the inputs",
+        expect=at_most(1e-6),
+        kind="exact",
+        unit="nats",
+        how="largest difference of the loss on real images and on noise, same labels, float64",
+    ),
+    Claim(
+        "transfer-bound",
+        "The pattern transfers to the test set",
+        expect=at_most(0.03),
+        kind="exact",
+        unit="nats",
+        how="largest difference of training and test loss over the cube",
+    ),
+    Claim(
+        "transfer-predicted",
+        "That difference is the one that the label marginals predict",
+        paper="depends on the marginal alone",
+        expect=at_most(1e-9),
+        kind="exact",
+        unit="nats",
+        how="|(L_test − L_train) − c(h)(π_train − π_test)|, float64",
+    ),
+    Claim(
+        "at-a-minimum",
+        "The lowest point of a pattern can be a trained network",
+        paper="theorem 2 (this construction is Assay's own)",
+        expect=at_most(0.02),
+        unit="nats",
+        how="pattern planted beside a trained net, 0.05 above its loss: largest |L − T|",
+    ),
+    Claim(
+        "mask-accuracy-gap",
+        "A plane of weights can be trained to show a shape: accuracy inside and outside",
+        paper="good − bad > 0.01 counts as success",
+        expect=at_least(0.4),
+        unit="test accuracy",
+        how="mean test accuracy of the good cells − of the bad ones, diamond ring of 10 × 10 cells",
+    ),
+    Claim(
+        "mask-auc",
+        "The shape is there on the test set",
+        expect=at_least(0.95),
+        unit="area under the ROC curve",
+        how="−test loss of a cell as detector of the mask",
+    ),
+    Claim(
+        "mask-50",
+        "Shapes of 50 × 50 cells are found with convolutional nets",
+        paper="icons of 50 × 50 cells",
+        kind="paper",
+        expect=at_least(0.01),
+        unit="test accuracy",
+        how="the same at the paper's scale",
+    ),
+)
+
+RING = """
+....##....
+...#..#...
+..#....#..
+.#......#.
+#........#
+#........#
+.#......#.
+..#....#..
+...#..#...
+....##....
+"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; counts of images, cells and steps."""
+
+    data: str = "fashion-mnist"
+    labels: int = 60_000
+    images: int = 6000
+    test_images: int = 2000
+    hidden: tuple[int, ...] = (64, 64)
+    mask_size: int = 10
+    cells: int = 8
+    batch_size: int = 128
+    lr: float = 1e-3
+    steps: int = 500
+    trained_epochs: int = 10
+
+
+PRESETS = {
+    "smoke": Config(
+        data="mnist5k", labels=4000, images=1000, test_images=500, steps=120, trained_epochs=2
+    ),
+    "small": Config(),
+    "paper": Config(
+        images=60_000, test_images=10_000, mask_size=50, cells=50, batch_size=512, lr=1e-3,
+        steps=11_700, hidden=(128, 128),
+    ),
+}  # fmt: skip
+SEEDS = {"smoke": 1, "small": 3, "paper": 5}
+
+
+def waves(h: Tensor) -> Tensor:
+    """A smooth pattern with values in [2.35, 3.55]."""
+    return 2.95 + 0.6 * torch.sin(2 * math.pi * h).prod(dim=1)
+
+
+def run(lab: Lab, config: Config) -> None:
+    """Measure every claim."""
+    labelled = lab.data(config.data, "train", limit=config.labels)
+    test = lab.data(config.data, "test")
+    _planted(lab, labelled, test)
+    train = lab.data(config.data, "train", limit=config.images)
+    held_out = lab.data(config.data, "test", limit=config.test_images)
+    mask = _ring(config.mask_size)
+    for seed in lab.seeds:
+        lab.measure("at-a-minimum", _beside(lab, config, train, seed), seed=seed)
+        found = _mask(lab, config, mask, train, held_out, seed)
+        good = torch.from_numpy(mask.ravel() == 1)
+        gap = float(found["accuracy"][good].mean() - found["accuracy"][~good].mean())
+        lab.measure("mask-accuracy-gap", gap, seed=seed)
+        lab.measure("mask-50", gap, seed=seed)
+        lab.measure("mask-auc", roc_auc_score(good.numpy(), -found["loss"].numpy()), seed=seed)
+        if seed == lab.seeds[0]:
+            _plot_mask(lab, mask, found)
+            worst, best = float(found["loss"][good].max()), float(found["loss"][~good].min())
+            lab.note(
+                f"Cell by cell the order is not perfect: the worst good cell has a test loss of "
+                f"{worst:.2f}, the best bad one of {best:.2f} (first seed)."
+            )
+
+
+def _ring(size: int) -> np.ndarray:
+    mask = load_mask(RING.strip())
+    index = (np.arange(size) * len(mask)) // size
+    return mask[np.ix_(index, index)]
+
+
+# -- by construction ---------------------------------------------------------------------------
+
+
+def _planted(lab: Lab, train: Dataset, test: Dataset) -> None:
+    errors = {}
+    inputs = train.x[0].numel()
+    for width in (64, 256, 1024):
+        with lab.seeded("net", width):
+            net = MLP((inputs, 8, width, 10)).double()
+        found = embed_pattern(net, waves, train.y, generator=lab.generator("features", width))
+        errors[width] = found.sup_error
+    rows = [{"width": width, "largest error / nats": error} for width, error in errors.items()]
+    lab.table("error by width", rows, "Two-dimensional pattern, training labels.")
+    lab.measure("pattern-256", errors[256])
+    lab.measure("pattern-1024", errors[1024])
+    lab.measure("error-falls-with-width", [errors[256] / errors[64], errors[1024] / errors[256]])
+    _transfer(lab, net, found, train, test)
+    for z, claim in ((1, "pattern-1d"), (3, "pattern-3d")):
+        with lab.seeded("net", "z", z):
+            other = MLP((inputs, 8, 1024, 10)).double()
+        generator = lab.generator("features z", z)
+        planted = embed_pattern(other, waves, train.y, z=z, tries=1, generator=generator)
+        lab.measure(claim, planted.sup_error)
+    _plot_planted(lab, found)
+
+
+def _transfer(lab: Lab, net: MLP, found, train: Dataset, test: Dataset) -> None:
+    sigma_train = found.loss
+    sigma_test = LogitLoss.constant(test.y, classes=10)
+    axis = torch.linspace(0, 1, 41, dtype=torch.float64)
+    c = found.planted(torch.cartesian_prod(axis, axis))
+    difference = sigma_test(c) - sigma_train(c)
+    lab.measure("transfer-bound", difference.abs().max())
+    # A few points through the network itself, on real images and on noise.
+    origin = parameters_to_vector(net)
+    x, y = train.x[:500].double(), train.y[:500]
+    noise = torch.randn(x.shape, generator=lab.generator("noise"), dtype=torch.float64)
+    shares = [torch.bincount(t, minlength=10).double()[0] / len(t) for t in (train.y, test.y)]
+    for h in torch.rand(20, 2, generator=lab.generator("points"), dtype=torch.float64):
+        with torch.no_grad():
+            outputs = [
+                call_with_vector(net, origin + h @ found.directions, batch)
+                for batch in (x, noise, test.x[:1].double())
+            ]
+        real, of_noise = (F.cross_entropy(out, y) for out in outputs[:2])
+        lab.measure("input-free", abs(float(real - of_noise)))
+        said = outputs[2].expand(len(test.y), -1)
+        on_train = F.cross_entropy(outputs[2].expand(len(train.y), -1), train.y)
+        moved = F.cross_entropy(said, test.y) - on_train
+        predicted = found.planted(h[None])[0] * (shares[0] - shares[1])
+        lab.measure("transfer-predicted", abs(float(moved - predicted)))
+
+
+def _plot_planted(lab: Lab, found) -> None:
+    axis = torch.linspace(0, 1, 101, dtype=torch.float64)
+    h = torch.cartesian_prod(axis, axis)
+    shown = found.loss(found.planted(h)).view(101, 101)
+    figure, axes = lab.subplots(1, 2, width=8, height=3.4)
+    pictures = ((axes[0], waves(h).view(101, 101), "pattern"), (axes[1], shown, "loss of the net"))
+    for ax, values, title in pictures:
+        image = ax.imshow(values.T.numpy(), origin="lower", extent=(0, 1, 0, 1))
+        ax.set(title=title, xlabel="h₁", ylabel="h₂")
+        ax.grid(visible=False)
+    figure.colorbar(image, ax=axes, label="cross-entropy / nats")
+    lab.figure("planted", figure, "A pattern and the loss surface of a net of width 1024.")
+
+
+def _beside(lab: Lab, config: Config, train: Dataset, seed: int) -> float:
+    with lab.seeded("trained", seed):
+        net = MLP((train.x[0].numel(), *config.hidden, 10))
+    batches = Batches(train.x, train.y, 64, generator=lab.generator("order", seed))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    lab.fit(f"trained-{seed}", net, optimizer, batches, epochs=config.trained_epochs)
+
+    def planted() -> float:
+        x, y = train.x[:1000], train.y[:1000]
+        with torch.no_grad():
+            lowest = F.cross_entropy(net(x), y).item() + 0.05
+
+        def bowl(h: Tensor) -> Tensor:
+            return lowest + 2 * (h - 0.5).square().sum(dim=1)
+
+        generator = lab.generator("beside", seed)
+        return embed_pattern_beside(net, bowl, x, y, generator=generator).sup_error
+
+    return lab.stage(f"beside-{seed}", planted)
+
+
+# -- by multi-point optimisation ---------------------------------------------------------------
+
+
+def _mask(
+    lab: Lab, config: Config, mask: np.ndarray, train: Dataset, test: Dataset, seed: int
+) -> dict[str, Tensor]:
+    sizes = (train.x[0].numel(), *config.hidden, 10)
+    with lab.seeded("plane", seed):
+        models = [MLP(sizes) for _ in range(3)]
+    plane = PlaneModel(models)
+    cells = plane.coordinates(mask).flatten(0, 1)
+    good = torch.from_numpy(mask.ravel() == 1)
+    batches = Batches(
+        train.x, train.y, config.batch_size, generator=lab.generator("plane order", seed),
+        drop_last=True,
+    )  # fmt: skip
+    criterion = MultiPointLoss()
+
+    def some(which: Tensor) -> Tensor:
+        indices = which.nonzero().squeeze(1)
+        return indices[torch.randperm(len(indices))[: config.cells]]
+
+    class Sampled(torch.nn.Module):
+        """The plane at a fresh choice of cells each step, drawn from torch's own generator."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.plane = plane
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = torch.cat([some(good), some(~good)])
+            self.good = good[chosen]
+            return plane(x, cells[chosen])
+
+    sampled = Sampled()
+    optimizer = torch.optim.Adam(plane.parameters(), lr=config.lr)
+    epochs = max(1, round(config.steps / len(batches)))
+    lab.fit(
+        f"plane-{seed}", sampled, optimizer, batches, epochs=epochs,
+        loss_fn=lambda logits, y: criterion(logits, y, sampled.good),
+    )  # fmt: skip
+
+    def scanned() -> dict[str, Tensor]:
+        found = evaluate(models[0], plane.weights(cells).detach(), {"test": [(test.x, test.y)]})[
+            "test"
+        ]
+        assert found.accuracy is not None
+        return {"loss": found.loss, "accuracy": found.accuracy}
+
+    return lab.stage(f"scan-{seed}", scanned)
+
+
+def _plot_mask(lab: Lab, mask: np.ndarray, found: dict[str, Tensor]) -> None:
+    figure, axes = lab.subplots(1, 3, width=9, height=3.2)
+    pictures = (
+        (mask, "asked for", "gray"),
+        (-found["loss"].view(*mask.shape).clamp(max=4).numpy(), "−test loss", "viridis"),
+        (found["accuracy"].view(*mask.shape).numpy(), "test accuracy", "viridis"),
+    )
+    for ax, (values, title, colours) in zip(axes, pictures, strict=True):
+        image = ax.imshow(values, cmap=colours)
+        ax.set(title=title, xticks=[], yticks=[])
+        ax.grid(visible=False)
+        figure.colorbar(image, ax=ax, shrink=0.8)
+    lab.figure("mask", figure, "A plane of weights trained to show a ring, first seed.")
