@@ -19,7 +19,7 @@ def input_complexity(
     points: int = 50,
     samples: int | None = None,
     generator: torch.Generator | None = None,
-    batch_size: int = 1024,
+    batch_size: int = 256,
 ) -> Float[Tensor, " n"]:
     """How often the predicted class changes between borderline samples (the paper's IDC).
 

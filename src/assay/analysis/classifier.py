@@ -63,7 +63,7 @@ class Classifier(nn.Module):
 
 
 def embedding_of(
-    model: nn.Module, layer: str = "auto", *, batch_size: int = 1024
+    model: nn.Module, layer: str = "auto", *, batch_size: int = 256
 ) -> Callable[[Tensor], Tensor]:
     """The embedding of a classifier: what enters its last linear layer.
 
@@ -156,7 +156,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def batched_logits(model: nn.Module, x: Tensor, batch_size: int = 1024) -> Tensor:
+def batched_logits(model: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
     """The same, a batch at a time."""
     return torch.cat([logits_of(model, part) for part in x.split(batch_size)])
 

@@ -118,7 +118,7 @@ def bisect_boundary(
     *,
     tol: float = 1e-4,
     max_iter: int = 60,
-    batch_size: int = 1024,
+    batch_size: int = 256,
 ) -> BoundarySamples:
     """Bisect segments from class s to class t until both are equally probable.
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from assay.curvature.objective import Objective
 from assay.curvature.plan import Plan, Source
 from assay.curvature.uses import MatrixUse, square_norms
 
@@ -59,7 +60,7 @@ def _from_rows(
     if {"second_moment", "variance"} & quantities:
         own["second_moment"] = _mean_square(rows)
     mean = rows.mean(0)
-    return _finish(own, mean, objective.samples, objective.reduction)
+    return _finish(own, mean, objective, quantities)
 
 
 def _output_gradients(plan: Plan) -> list[Tensor]:
@@ -96,23 +97,25 @@ def _from_rules(
         own["batch_l2"] = use.norms(slot, G) if rows is None else square_norms(rows)
     if squares:
         if rows is None:
-            own["second_moment"] = use.sum_squares(slot, _columns_of(G)) / samples
+            own["second_moment"] = use.sum_squares(slot, _columns_of(G)).div_(samples)
         else:
             own["second_moment"] = _mean_square(rows)
     mean = source.parameter
     if {"grad", "variance"} & quantities:
-        mean = rows.mean(0) if rows is not None else use.total(slot, G) / samples
-    return _finish(own, mean, samples, plan.objective.reduction)
+        mean = rows.mean(0) if rows is not None else use.total(slot, G).div_(samples)
+    return _finish(own, mean, plan.objective, quantities)
 
 
 def _columns_of(G):
     return [g.unsqueeze(0) for g in G] if isinstance(G, list) else G.unsqueeze(0)
 
 
-def _finish(own: dict[str, Tensor], mean: Tensor, samples: int, reduction: str) -> dict:
-    if "second_moment" in own:
-        own["variance"] = own["second_moment"] - mean.square()
-    own["grad"] = mean if reduction == "mean" else mean * samples
+def _finish(
+    own: dict[str, Tensor], mean: Tensor, objective: Objective, quantities: frozenset[str]
+) -> dict[str, Tensor]:
+    if "variance" in quantities:
+        own["variance"] = torch.addcmul(own["second_moment"], mean, mean, value=-1)
+    own["grad"] = mean if objective.reduction == "mean" else mean * objective.samples
     return own
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from assay.curvature.kronecker import KroneckerFactors
 from assay.curvature.layout import Layout
 from assay.curvature.plan import Part, Plan, Source
-from assay.curvature.uses import EmbeddingUse, MatrixUse, outer_sum, summed_products
+from assay.curvature.uses import EmbeddingUse, MatrixUse, OuterSum, summed_products
 from assay.functional import Likelihood
 
 EXACT = ("diag_ggn", "kflr")
@@ -164,7 +164,7 @@ class _Diagonal:
             total = summed_products(left, right)
         else:
             total = self.total
-        return total.view(self.source.parameter.shape) * scale
+        return total.view(self.source.parameter.shape).mul_(scale)
 
 
 class _Product:
@@ -175,7 +175,7 @@ class _Product:
         self.source = source
         self.samples = plan.objective.samples
         self.approx = approx
-        self.total: Tensor | None = None
+        self.sum: OuterSum | None = None
         self.positions = 1
 
     def add(self, V) -> None:
@@ -188,25 +188,24 @@ class _Product:
         if self.approx == "reduce" and not isinstance(use, EmbeddingUse):
             x = x.sum(-1, keepdim=True)
         self.positions = x.shape[-1]
-        outer = outer_sum(x)
-        self.total = outer if self.total is None else self.total.add_(outer)
+        if self.sum is None:
+            self.sum = OuterSum(x)
+        self.sum.add(x)
 
     def finish(self, scale: float) -> KroneckerFactors:
         assert self.part is not None
         use = self.part.use
         shape = tuple(self.source.parameter.shape)
         if isinstance(use, EmbeddingUse):
-            counts = self._token_counts(use)
-            width = shape[1]
-            total = counts.new_zeros(1, width, width) if self.total is None else self.total
-            B = total * (scale / self.positions)
-            return KroneckerFactors(shape, counts / self.samples, B, grads_left=False)
-        a = use.activation_covariance(self.approx)  # type: ignore[attr-defined]
-        if self.total is None:
+            a, grads_left = self._token_counts(use) / self.samples, False
+        else:
+            a = use.activation_covariance(self.approx)  # type: ignore[attr-defined]
+            grads_left = use.grads_left  # type: ignore[attr-defined]
+        if self.sum is None:  # a loss without columns, such as one class
             features = math.prod(shape) // (a.shape[0] * a.shape[1])
-            self.total = a.new_zeros(len(a), features, features)
-        B = self.total * (scale / self.positions)
-        grads_left = use.grads_left  # type: ignore[attr-defined]
+            B = a.new_zeros(len(a), features, features)
+        else:
+            B = self.sum.finish().mul_(scale / self.positions)
         left, right = (B, a) if grads_left else (a, B)
         return KroneckerFactors(shape, left, right, grads_left=grads_left)
 
@@ -245,4 +244,4 @@ class _Block:
             self.total += rows.square().sum(0)
 
     def finish(self, scale: float) -> KroneckerFactors:
-        return KroneckerFactors(tuple(self.source.parameter.shape), self.total * scale)
+        return KroneckerFactors(tuple(self.source.parameter.shape), self.total.mul_(scale))

@@ -137,7 +137,9 @@ class MatrixUse(Use):
             a = self.activations()
             if approx == "reduce":
                 a = a.mean(-1, keepdim=True)
-            self._covariances[approx] = outer_sum(a).div_(len(a))
+            total = OuterSum(a)
+            total.add(a)
+            self._covariances[approx] = total.finish().div_(len(a))
         return self._covariances[approx]
 
     def _compute_activations(self) -> Tensor:
@@ -370,42 +372,53 @@ def _rows_are_free(*tensors: Tensor) -> bool:
     return all(tensor[:, 0].mT.is_contiguous() for tensor in tensors)
 
 
-def outer_sum(x: Tensor) -> Tensor:
-    """Σ x xᵀ over samples and positions, `(groups, b, b)`, of `(M, groups, b, T)`."""
-    _, groups, features, positions = x.shape
-    if groups == 1 and (positions == 1 or _rows_are_free(x)):
-        rows = x[:, 0].mT.reshape(-1, features)
-        total = x.new_zeros(features, features)
-        _add_outer(total, rows.T)
-        return _mirror(total).unsqueeze(0)
-    total = x.new_zeros(groups, features, features)
-    for one in x:
-        if groups == 1:
-            _add_outer(total[0], one[0])
-        else:
-            total.baddbmm_(one, one.mT)
-    return _mirror(total[0]).unsqueeze(0) if groups == 1 else total
-
-
 BLOCK = 128
 """Rows of a symmetric product that are computed at once; what lies right of them is left out."""
 
 
-def _add_outer(total: Tensor, x: Tensor) -> None:
-    """Add the lower block triangle of x xᵀ: little more than half of the multiplications."""
-    features = len(x)
-    if features < 2 * BLOCK:
-        total.addmm_(x, x.T)
-        return
-    for start in range(0, features, BLOCK):
-        end = min(start + BLOCK, features)
-        total[start:end, :end].addmm_(x[start:end], x[:end].T)
+class OuterSum:
+    """Σ x xᵀ over samples and positions, `(groups, b, b)`, collected over several calls.
 
+    Args:
+        x: the first of the tensors to come, `(M, groups, b, T)`.
+    """
 
-def _mirror(total: Tensor) -> Tensor:
-    if len(total) < 2 * BLOCK:
-        return total
-    return total.tril_().add_(total.tril(-1).T)
+    def __init__(self, x: Tensor) -> None:
+        _, groups, features, _ = x.shape
+        self.total = x.new_zeros(groups, features, features)
+        # Half of the multiplications can be left out, for a pass over the matrix at the end.
+        self.triangular = groups == 1 and features >= 2 * BLOCK and len(x) * x.shape[-1] >= 512
+
+    def add(self, x: Tensor) -> None:
+        """Add what `x` gives, `(M, groups, b, T)`."""
+        if len(self.total) > 1:
+            for one in x:
+                self.total.baddbmm_(one, one.mT)
+            return
+        if x.shape[-1] == 1 or _rows_are_free(x):
+            self._add(x[:, 0].mT.reshape(-1, x.shape[2]).T)
+            return
+        for one in x:
+            self._add(one[0])
+
+    def _add(self, x: Tensor) -> None:
+        total, features = self.total[0], len(x)
+        if not self.triangular:
+            total.addmm_(x, x.T)
+            return
+        for start in range(0, features, BLOCK):
+            end = min(start + BLOCK, features)
+            total[start:end, :end].addmm_(x[start:end], x[:end].T)
+
+    def finish(self) -> Tensor:
+        """The sum; nothing may be added afterwards."""
+        if self.triangular:
+            total, features = self.total[0], self.total.shape[-1]
+            for start in range(0, features, BLOCK):
+                end = min(start + BLOCK, features)
+                total[:end, start:end] = total[start:end, :end].T
+            self.triangular = False
+        return self.total
 
 
 # -- everything that acts entry by entry ---------------------------------------------------------

@@ -69,7 +69,7 @@ CLAIMS = (
     ),
     Claim(
         "unbiased-sampled",
-        "and so are its samples",
+        "Samples of natural compression are unbiased",
         expect=at_most(5.0),
         kind="exact",
         unit="standard errors",
@@ -85,7 +85,7 @@ CLAIMS = (
     ),
     Claim(
         "second-moment-sampled",
-        "and at t = 4/3 the samples show it",
+        "At t = 4/3, the worst case, samples show the second moment of 9/8",
         paper="9/8",
         expect=close_to(9 / 8, tol=0.003),
         kind="exact",
@@ -145,7 +145,7 @@ CLAIMS = (
     ),
     Claim(
         "dithering-s8",
-        "and with 8 levels",
+        "With 8 levels natural dithering has far less variance still",
         paper="2^(s−1)/s = 16 times less",
         expect=at_least(0.9 * 16),
         kind="exact",
@@ -183,7 +183,7 @@ CLAIMS = (
     ),
     Claim(
         "integer-unbiased",
-        "and stays unbiased when exponents lie farther apart",
+        "Integer aggregation stays unbiased when exponents lie farther apart",
         expect=at_most(5.0),
         kind="exact",
         unit="standard errors",
@@ -199,14 +199,14 @@ CLAIMS = (
     ),
     Claim(
         "loss-gap",
-        "nor the training loss",
+        "Compressing both ways does not change the training loss",
         paper="same convergence",
         unit="nats",
         how="natural − none, mean training loss of the last epoch",
     ),
     Claim(
         "integer-accuracy-gap",
-        "nor does adding integers",
+        "Integer aggregation does not change the accuracy",
         paper="for in-network aggregation",
         expect=between(-0.01, 0.01),
         unit="accuracy",
@@ -222,7 +222,7 @@ CLAIMS = (
     ),
     Claim(
         "topk-bits",
-        "with 0.62 times the bits",
+        "Natural compression on top of Top-k takes 0.62 times the bits of Top-k",
         paper="0.62",
         expect=close_to(41 / 64, tol=0.005),
         kind="exact",

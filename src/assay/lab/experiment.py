@@ -23,12 +23,13 @@ from lightning_fabric import Fabric
 from pydantic import TypeAdapter, ValidationError
 
 import assay
-import assay.experiments
 from assay.lab.lab import Lab
 from assay.lab.paper import Claim, Paper
 from assay.lab.result import ClaimResult, PaperCard, Provenance, Result
 from assay.lab.usage import UsageError, unknown
 
+# By name: the lab stands below the experiments and only looks for them.
+EXPERIMENTS = "assay.experiments"
 PRESET_NAMES = ("smoke", "small", "paper")
 DEFAULT_SEEDS = {"smoke": 1, "small": 3, "paper": 5}
 
@@ -117,7 +118,7 @@ def slugs() -> list[str]:
         >>> "amsgrad" in slugs()
         True
     """
-    found = pkgutil.iter_modules(assay.experiments.__path__)
+    found = pkgutil.iter_modules(importlib.import_module(EXPERIMENTS).__path__)
     return sorted(m.name.replace("_", "-") for m in found if not m.name.startswith("_"))
 
 
@@ -136,7 +137,7 @@ def find_experiment(slug: str) -> Experiment:
     """
     if slug not in slugs():
         raise UsageError(unknown("paper", slug, slugs()))
-    return Experiment(importlib.import_module(f"assay.experiments.{slug.replace('-', '_')}"))
+    return Experiment(importlib.import_module(f"{EXPERIMENTS}.{slug.replace('-', '_')}"))
 
 
 def all_experiments() -> Iterator[Experiment]:
