@@ -13,7 +13,7 @@ from assay.lab.bench import Comparison, benchmark
 from assay.models import MLP
 
 MODELS, BATCH = 12, 64
-IMAGES = 20 * BATCH
+IMAGES = 3000  # one epoch of the experiment
 
 
 def _together(models: list[nn.Module], x: torch.Tensor, y: torch.Tensor) -> None:
@@ -38,7 +38,7 @@ def _comparison(make: Callable[[], nn.Module]) -> Comparison:
         peer=lambda: _in_turn(models, x, y),
         peer_name="one after another, same loop",
         peer_version=torch.__version__,
-        extra={"models": MODELS, "batch": BATCH, "steps": IMAGES // BATCH},
+        extra={"models": MODELS, "batch": BATCH, "steps": -(-IMAGES // BATCH)},
     )
 
 

@@ -355,7 +355,8 @@ def _run_one(
 
     folder = output / f"{slug}-{preset}"
     try:
-        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision)
+        chosen: Any = precision  # Fabric checks it
+        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=chosen)
         if devices * nodes > 1:
             fabric.launch()
     except (ValueError, RuntimeError, OSError) as error:

@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
 import demo_experiment
 from assay.lab import Experiment, run_experiment
-run_experiment(Experiment(demo_experiment), overrides={{"epochs": "20"}}, directory={folder!r}, resume=True)
+experiment = Experiment(demo_experiment)
+run_experiment(experiment, overrides={{"epochs": "20"}}, directory={folder!r}, resume=True)
 """
 
 

@@ -32,14 +32,12 @@ class Classifier(nn.Module):
         >>> class Named(torch.nn.Linear):
         ...     def forward(self, pixels):
         ...         return {"scores": super().forward(pixels)}
-        >>> model = Classifier(
-        ...     Named(4, 3),
-        ...     call=lambda model, x: model(pixels=x)["scores"],
-        ...     preprocess=torch.nn.LayerNorm(4),
-        ... )
-        >>> model(torch.zeros(2, 4)).shape
+        >>> scores = lambda model, x: model(pixels=x)["scores"]
+        >>> Classifier(Named(4, 3), call=scores)(torch.zeros(2, 4)).shape
         torch.Size([2, 3])
-        >>> classifier = Classifier(torch.nn.Linear(4, 3))
+        >>> classifier = Classifier(torch.nn.Linear(4, 3), preprocess=torch.nn.LayerNorm(4))
+        >>> classifier(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(

@@ -181,8 +181,10 @@ def bisect_boundary(
         x, p = b.clone(), torch.softmax(second, 1)
 
         def gap(position: Tensor, rows: Tensor) -> Tensor:
-            x[rows] = middle = between(a[rows], b[rows], position)
-            p[rows] = found = torch.softmax(batched_logits(model, middle, batch_size), 1)
+            middle = between(a.index_select(0, rows), b.index_select(0, rows), position)
+            found = torch.softmax(batched_logits(model, middle, batch_size), 1)
+            x.index_copy_(0, rows, middle)
+            p.index_copy_(0, rows, found)
             winner = found.argmax(1)
             # NaN tells the bisection that there is nothing to look for between s and t.
             return (found[:, t] - found[:, s]).masked_fill((winner != s) & (winner != t), math.nan)
@@ -564,7 +566,7 @@ def _check_inputs(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name} must be floating-point inputs (N, ...), got {tuple(x.shape)} {x.dtype}"
         )
-    if not bool(x.isfinite().all()):
+    if x.numel() and not all(end.isfinite() for end in x.aminmax()):
         raise ValueError(f"{name} holds values that are not finite")
 
 

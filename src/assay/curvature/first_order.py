@@ -97,12 +97,12 @@ def _from_rules(
         own["batch_l2"] = use.norms(slot, G) if rows is None else square_norms(rows)
     if squares:
         if rows is None:
-            own["second_moment"] = use.sum_squares(slot, _columns_of(G)).div_(samples)
+            own["second_moment"] = use.sum_squares(slot, _columns_of(G), 1 / samples)
         else:
             own["second_moment"] = _mean_square(rows)
     mean = source.parameter
     if {"grad", "variance"} & quantities:
-        mean = rows.mean(0) if rows is not None else use.total(slot, G).div_(samples)
+        mean = rows.mean(0) if rows is not None else use.total(slot, G, 1 / samples)
     return _finish(own, mean, plan.objective, quantities)
 
 

@@ -45,7 +45,7 @@ def second_order(
             likelihood, output, target, layout, draws=draws, generator=generator
         )
         makers = {
-            name: [_maker(quantity, source, plan, kfac_approx, max_features) for quantity in wanted]
+            name: [_maker(quantity, source, plan, kfac_approx, max_features, scale) for quantity in wanted]
             for name, source in plan.sources.items()
         }
         for tangent in columns:
@@ -53,7 +53,7 @@ def second_order(
             for name, source in plan.sources.items():
                 _add_column(plan, source, makers[name], gradients, output, tangent)
         for place, quantity in enumerate(wanted):
-            found[quantity] = {name: made[place].finish(scale) for name, made in makers.items()}
+            found[quantity] = {name: made[place].finish() for name, made in makers.items()}
     return found
 
 
@@ -115,12 +115,14 @@ def _add_column(
         maker.add_rows(rows)
 
 
-def _maker(quantity: str, source: Source, plan: Plan, approx: str, max_features: int):
+def _maker(
+    quantity: str, source: Source, plan: Plan, approx: str, max_features: int, scale: float
+):
     if quantity in ("diag_ggn", "diag_ggn_mc"):
-        return _Diagonal(source)
+        return _Diagonal(source, scale)
     if _is_linear_map(source):
-        return _Product(source, plan, approx)
-    return _Block(source, max_features)
+        return _Product(source, plan, approx, scale)
+    return _Block(source, max_features, scale)
 
 
 def _is_linear_map(source: Source) -> bool:
@@ -131,9 +133,10 @@ def _is_linear_map(source: Source) -> bool:
 class _Diagonal:
     """Σ over columns and samples of the squared entries of Jᵀv."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, scale: float) -> None:
         self.part = source.single
         self.source = source
+        self.scale = scale
         self.total: Tensor | None = None
         use = None if self.part is None else self.part.use
         matrix = isinstance(use, MatrixUse) and use.is_matrix(self.part.slot)  # type: ignore[union-attr]
@@ -155,28 +158,26 @@ class _Diagonal:
     def _add(self, squares: Tensor) -> None:
         self.total = squares if self.total is None else self.total.add_(squares)
 
-    def finish(self, scale: float) -> Tensor:
+    def finish(self) -> Tensor:
         if self.total is None:
-            return torch.zeros_like(self.source.parameter)
+            return torch.zeros_like(self.source.parameter, requires_grad=False)
         if self.outer is not None:
-            a = self.outer.activations().square()
-            left, right = (self.total, a) if self.outer.grads_left else (a, self.total)
-            total = summed_products(left, right)
-        else:
-            total = self.total
-        return total.view(self.source.parameter.shape).mul_(scale)
+            return self.outer.outer_squares(self.total, self.scale).view(
+                self.source.parameter.shape
+            )
+        return self.total.view(self.source.parameter.shape).mul_(self.scale)
 
 
 class _Product:
     """B ⊗ A of the matrix of a linear map."""
 
-    def __init__(self, source: Source, plan: Plan, approx: str) -> None:
+    def __init__(self, source: Source, plan: Plan, approx: str, scale: float) -> None:
         self.part: Part | None = source.single
         self.source = source
         self.samples = plan.objective.samples
         self.approx = approx
+        self.scale = scale
         self.sum: OuterSum | None = None
-        self.positions = 1
 
     def add(self, V) -> None:
         assert self.part is not None
@@ -187,12 +188,12 @@ class _Product:
             x = use.gradients(V, 0)  # type: ignore[attr-defined]
         if self.approx == "reduce" and not isinstance(use, EmbeddingUse):
             x = x.sum(-1, keepdim=True)
-        self.positions = x.shape[-1]
+        positions = x.shape[-1]
         if self.sum is None:
-            self.sum = OuterSum(x)
+            self.sum = OuterSum(self.scale / positions)
         self.sum.add(x)
 
-    def finish(self, scale: float) -> KroneckerFactors:
+    def finish(self) -> KroneckerFactors:
         assert self.part is not None
         use = self.part.use
         shape = tuple(self.source.parameter.shape)
@@ -201,11 +202,10 @@ class _Product:
         else:
             a = use.activation_covariance(self.approx)  # type: ignore[attr-defined]
             grads_left = use.grads_left  # type: ignore[attr-defined]
-        if self.sum is None:  # a loss without columns, such as one class
+        B = None if self.sum is None else self.sum.finish()
+        if B is None:  # a loss without columns, such as one class
             features = math.prod(shape) // (a.shape[0] * a.shape[1])
             B = a.new_zeros(len(a), features, features)
-        else:
-            B = self.sum.finish().mul_(scale / self.positions)
         left, right = (B, a) if grads_left else (a, B)
         return KroneckerFactors(shape, left, right, grads_left=grads_left)
 
@@ -220,9 +220,10 @@ class _Product:
 class _Block:
     """The exact block of a bias, a scale, or whatever is no matrix; its diagonal if it is large."""
 
-    def __init__(self, source: Source, max_features: int) -> None:
+    def __init__(self, source: Source, max_features: int, scale: float) -> None:
         self.part = source.single
         self.source = source
+        self.scale = scale
         self.dense = source.parameter.numel() <= max_features
         size = source.parameter.numel()
         shape = (1, size, size) if self.dense else (1, size)
@@ -243,5 +244,5 @@ class _Block:
         else:
             self.total += rows.square().sum(0)
 
-    def finish(self, scale: float) -> KroneckerFactors:
-        return KroneckerFactors(tuple(self.source.parameter.shape), self.total.mul_(scale))
+    def finish(self) -> KroneckerFactors:
+        return KroneckerFactors(tuple(self.source.parameter.shape), self.total.mul_(self.scale))

@@ -75,15 +75,16 @@ class Use:
         result = self.columns(slot, G.unsqueeze(0))[0]
         return result if out is None else out.copy_(result)
 
-    def total(self, slot: str, G: Tensor) -> Tensor:
-        """The sum of the samples' gradients."""
-        return self.per_sample(slot, G).sum(0)
+    def total(self, slot: str, G: Tensor, scale: float = 1.0) -> Tensor:
+        """The sum of the samples' gradients, times `scale`."""
+        return self.per_sample(slot, G).sum(0).mul_(scale)
 
-    def sum_squares(self, slot: str, V: Tensor) -> Tensor:
-        """The squares of `columns`, summed over columns and samples."""
-        return sum(  # type: ignore[return-value]
-            self.columns(slot, v.unsqueeze(0)).square().sum((0, 1)) for v in V
-        )
+    def sum_squares(self, slot: str, V: Tensor, scale: float = 1.0) -> Tensor:
+        """The squares of `columns`, summed over columns and samples, times `scale`."""
+        total = torch.zeros_like(self.slots[slot].tensor, requires_grad=False)
+        for v in V:
+            total += self.columns(slot, v.unsqueeze(0)).square().sum((0, 1))
+        return total.mul_(scale)
 
     def cheap_rows(self, slot: str) -> bool:
         """Whether all samples' gradients at once are small enough to be kept for a while."""
@@ -115,6 +116,7 @@ class MatrixUse(Use):
     grads_left: bool = True
     groups: int = 1
     _activations: Tensor | None = None
+    _squares: Tensor | None = None
     _covariances: dict[str, Tensor] = field(default_factory=dict)
 
     def is_matrix(self, slot: str) -> bool:
@@ -137,9 +139,11 @@ class MatrixUse(Use):
             a = self.activations()
             if approx == "reduce":
                 a = a.mean(-1, keepdim=True)
-            total = OuterSum(a)
+            total = OuterSum(1 / len(a))
             total.add(a)
-            self._covariances[approx] = total.finish().div_(len(a))
+            covariance = total.finish()
+            assert covariance is not None
+            self._covariances[approx] = covariance
         return self._covariances[approx]
 
     def _compute_activations(self) -> Tensor:
@@ -151,7 +155,10 @@ class MatrixUse(Use):
 
     def bias_gradients(self, V: Tensor, lead: int) -> Tensor:
         """`(*lead, N, features)`: summed over positions."""
-        return self.gradients(V, lead).sum(-1).flatten(lead + 1)
+        gradients = self.gradients(V, lead)
+        if gradients.shape[-1] == 1:
+            return gradients.squeeze(-1).flatten(lead + 1)
+        return gradients.sum(-1).flatten(lead + 1)
 
     def _pair(self, V: Tensor, lead: int) -> tuple[Tensor, Tensor]:
         """Left and right factor of Σ_t left_t right_tᵀ; one of them has the leading dimensions."""
@@ -176,28 +183,31 @@ class MatrixUse(Use):
             out = left.new_empty((samples, *self.slots[slot].tensor.shape))
         target = out.view(samples * groups, m, n)
         left, right = left.reshape(-1, m, positions), right.reshape(-1, n, positions)
-        if positions == 1:
-            torch.mul(left, right.mT, out=target)
-        else:
-            torch.bmm(left, right.mT, out=target)
+        torch.bmm(left, right.mT, out=target)
         return out
 
-    def total(self, slot: str, G: Tensor) -> Tensor:
+    def total(self, slot: str, G: Tensor, scale: float = 1.0) -> Tensor:
         if slot == "bias":
-            return self.bias_gradients(G, 0).sum(0)
+            return self.bias_gradients(G, 0).sum(0).mul_(scale)
         left, right = self._pair(G, 0)
-        return summed_products(left, right).view(self.slots[slot].tensor.shape)
+        return summed_products(left, right, scale).view(self.slots[slot].tensor.shape)
 
-    def sum_squares(self, slot: str, V: Tensor) -> Tensor:
+    def sum_squares(self, slot: str, V: Tensor, scale: float = 1.0) -> Tensor:
         shape = self.slots[slot].tensor.shape
         if slot == "bias":
-            return self.bias_gradients(V, 1).square().sum((0, 1)).view(shape)
+            return self.bias_gradients(V, 1).square().sum((0, 1)).mul_(scale).view(shape)
         a, g = self.activations(), self.gradients(V, 1)
         if a.shape[-1] == 1:  # the square of an outer product is that of the squares
-            squares = g.square().sum(0)
-            left, right = (squares, a.square()) if self.grads_left else (a.square(), squares)
-            return summed_products(left, right).view(shape)
-        return self._sum_squares_over_positions(a, g).view(shape)
+            return self.outer_squares(g.square().sum(0), scale).view(shape)
+        return self._sum_squares_over_positions(a, g).mul_(scale).view(shape)
+
+    def outer_squares(self, squares: Tensor, scale: float) -> Tensor:
+        """Σ_n of gradients' squares ⊗ activations' squares, for single positions."""
+        if self._squares is None:
+            self._squares = self.activations().square()
+        a = self._squares
+        left, right = (squares, a) if self.grads_left else (a, squares)
+        return summed_products(left, right, scale)
 
     def _sum_squares_over_positions(self, a: Tensor, g: Tensor) -> Tensor:
         columns, samples, groups, b, _ = g.shape
@@ -229,7 +239,9 @@ class MatrixUse(Use):
         _, _, m, positions = left.shape
         n = right.shape[2]
         if positions == 1:
-            return (left.square().sum((2, 3)) * right.square().sum((2, 3))).sum(1)
+            return (square_norms(left.flatten(0, 1)) * square_norms(right.flatten(0, 1))).view(
+                -1, left.shape[1]
+            ).sum(1)  # fmt: skip
         if positions * (m + n) < m * n:
             # ‖Σ_t l_t r_tᵀ‖² = ⟨LᵀL, RᵀR⟩: T × T matrices instead of the gradient.
             return (left.mT @ left).mul_(right.mT @ right).sum((1, 2, 3))
@@ -351,20 +363,21 @@ def patches(
     return images.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)
 
 
-def summed_products(left: Tensor, right: Tensor) -> Tensor:
-    """Σ_n left_n right_nᵀ, `(groups, m, n)`, of `(N, groups, m, T)` and `(N, groups, n, T)`."""
-    samples, groups, m, positions = left.shape
+def summed_products(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · Σ_n left_n right_nᵀ, `(groups, m, n)`, of `(N, groups, m | n, T)`."""
+    _, groups, m, positions = left.shape
     n = right.shape[2]
+    total = left.new_empty(groups, m, n)
     if groups == 1 and (positions == 1 or _rows_are_free(left, right)):
-        flat_left = left[:, 0].mT.reshape(-1, m)
-        return (flat_left.T @ right[:, 0].mT.reshape(-1, n)).unsqueeze(0)
-    total = left.new_zeros(groups, m, n)
-    if groups == 1:
-        for a, b in zip(left[:, 0], right[:, 0], strict=True):
-            total[0].addmm_(a, b.T)
-    else:
-        for a, b in zip(left, right, strict=True):
-            total.baddbmm_(a, b.mT)
+        flat_left, flat_right = left[:, 0].mT.reshape(-1, m), right[:, 0].mT.reshape(-1, n)
+        torch.addmm(total[0], flat_left.T, flat_right, beta=0, alpha=scale, out=total[0])
+        return total
+    total.zero_()
+    for a, b in zip(left, right, strict=True):
+        if groups == 1:
+            total[0].addmm_(a[0], b[0].T, alpha=scale)
+        else:
+            total.baddbmm_(a, b.mT, alpha=scale)
     return total
 
 
@@ -377,47 +390,75 @@ BLOCK = 128
 
 
 class OuterSum:
-    """Σ x xᵀ over samples and positions, `(groups, b, b)`, collected over several calls.
+    """scale · Σ x xᵀ over samples and positions, `(groups, b, b)`, collected over several calls.
 
     Args:
-        x: the first of the tensors to come, `(M, groups, b, T)`.
+        scale: factor of the sum.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        _, groups, features, _ = x.shape
-        self.total = x.new_zeros(groups, features, features)
-        # Half of the multiplications can be left out, for a pass over the matrix at the end.
-        self.triangular = groups == 1 and features >= 2 * BLOCK and len(x) * x.shape[-1] >= 512
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self.total: Tensor | None = None
+        self._waiting: list[Tensor] = []
+        self._half = False
 
     def add(self, x: Tensor) -> None:
         """Add what `x` gives, `(M, groups, b, T)`."""
-        if len(self.total) > 1:
+        if x.shape[1] == 1 and (x.shape[-1] == 1 or _rows_are_free(x)):
+            # One large product is faster than many that each read and write the matrix.
+            self._waiting.append(x[:, 0].mT.reshape(-1, x.shape[2]))
+            if sum(rows.numel() for rows in self._waiting) > SCRATCH:
+                self._flush()
+            return
+        total = self._start(x)
+        if x.shape[1] > 1:
             for one in x:
-                self.total.baddbmm_(one, one.mT)
+                total.baddbmm_(one, one.mT, alpha=self.scale)
             return
-        if x.shape[-1] == 1 or _rows_are_free(x):
-            self._add(x[:, 0].mT.reshape(-1, x.shape[2]).T)
-            return
+        self._half = x.shape[2] >= 2 * BLOCK
         for one in x:
-            self._add(one[0])
+            self._add(total[0], one[0])
 
-    def _add(self, x: Tensor) -> None:
-        total, features = self.total[0], len(x)
-        if not self.triangular:
-            total.addmm_(x, x.T)
+    def _start(self, x: Tensor) -> Tensor:
+        if self.total is None:
+            self.total = x.new_zeros(x.shape[1], x.shape[2], x.shape[2])
+        return self.total
+
+    def _flush(self) -> None:
+        rows = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
+        self._waiting.clear()
+        features = rows.shape[1]
+        if self.total is None and (len(rows) < 512 or features < 2 * BLOCK):
+            self.total = rows.new_empty(1, features, features)
+            torch.addmm(
+                self.total[0], rows.T, rows, beta=0, alpha=self.scale, out=self.total[0]
+            )  # fmt: skip
             return
+        fresh = self.total is None
+        total = self._start(rows.view(-1, 1, features, 1))
+        self._half = self._half or (fresh and features >= 2 * BLOCK)
+        self._add(total[0], rows.T)
+
+    def _add(self, total: Tensor, x: Tensor) -> None:
+        if not self._half:
+            total.addmm_(x, x.T, alpha=self.scale)
+            return
+        # The matrix is symmetric: only its lower block triangle is computed.
+        features = len(x)
         for start in range(0, features, BLOCK):
             end = min(start + BLOCK, features)
-            total[start:end, :end].addmm_(x[start:end], x[:end].T)
+            total[start:end, :end].addmm_(x[start:end], x[:end].T, alpha=self.scale)
 
-    def finish(self) -> Tensor:
-        """The sum; nothing may be added afterwards."""
-        if self.triangular:
+    def finish(self) -> Tensor | None:
+        """The sum, None if there was nothing to add; nothing may be added afterwards."""
+        if self._waiting:
+            self._flush()
+        if self._half and self.total is not None:
             total, features = self.total[0], self.total.shape[-1]
             for start in range(0, features, BLOCK):
                 end = min(start + BLOCK, features)
                 total[:end, start:end] = total[start:end, :end].T
-            self.triangular = False
+            self._half = False
         return self.total
 
 
@@ -466,8 +507,8 @@ class ElementUse(Use):
             columns = columns.sum(reduced)
         return columns.reshape(*columns.shape[:2], *shape)
 
-    def sum_squares(self, slot: str, V: Tensor) -> Tensor:
-        return self.columns(slot, V).square().sum((0, 1))
+    def sum_squares(self, slot: str, V: Tensor, scale: float = 1.0) -> Tensor:
+        return self.columns(slot, V).square().sum((0, 1)).mul_(scale)
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -501,10 +542,11 @@ class EmbeddingUse(Use):
         where = tokens[None, :, :, None].expand_as(rows)
         return out.scatter_add_(2, where, rows)
 
-    def total(self, slot: str, G: Tensor) -> Tensor:
+    def total(self, slot: str, G: Tensor, scale: float = 1.0) -> Tensor:
         vocabulary, width = self.slots[slot].tensor.shape
         rows = self.rows(G, 0).reshape(-1, width)
-        return rows.new_zeros(vocabulary, width).index_add_(0, self.tokens().flatten(), rows)
+        total = rows.new_zeros(vocabulary, width)
+        return total.index_add_(0, self.tokens().flatten(), rows, alpha=scale)
 
     def _distinct(self, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each sample the distinct tokens: sample, token, and the summed rows `(K, M, d)`."""
@@ -517,10 +559,10 @@ class EmbeddingUse(Use):
         summed.index_add_(1, inverse, rows)
         return pairs // vocabulary, pairs % vocabulary, summed
 
-    def sum_squares(self, slot: str, V: Tensor) -> Tensor:
+    def sum_squares(self, slot: str, V: Tensor, scale: float = 1.0) -> Tensor:
         _, token, summed = self._distinct(V)
-        out = torch.zeros_like(self.slots[slot].tensor)
-        return out.index_add_(0, token, summed.square_().sum(0))
+        out = torch.zeros_like(self.slots[slot].tensor, requires_grad=False)
+        return out.index_add_(0, token, summed.square_().sum(0), alpha=scale)
 
     def norms(self, slot: str, G: Tensor) -> Tensor:
         sample, _, summed = self._distinct(G.unsqueeze(0))

@@ -390,7 +390,10 @@ def _boundary(
         "complexity": idc.mean().item(),
         "embedding": _in_embedding_space(model, train, test, borderline, p, s, t),
         "images": _pictures(dig, samples["dig"], x, unseen),
-        "segments": {method: _segment(model, samples[method], s, t) for method in ("rpbs", "dig")},
+        "segments": {
+            "rpbs": _segment(model, samples["rpbs"], BoundarySamples.THIRD_CLASS),
+            "dig": _segment(model, samples["dig"], BoundarySamples.SUCCESS),
+        },
     }
     return found
 
@@ -435,7 +438,7 @@ def _in_embedding_space(
 
 
 def _pictures(dig: DeepDIG, samples: BoundarySamples, x: Tensor, unseen: Tensor) -> Tensor:
-    """Rows of images: the sample, x′ in class t, x″ back in class s, borderline, nearest test image."""
+    """Rows of images: sample, x′ in class t, x″ back in class s, borderline, nearest test image."""
     rows = samples.success.nonzero().squeeze(1)[:SHOWN]
     back, across = samples.pairs
     _, nearest = nearest_neighbour(samples.x[rows], unseen)
@@ -444,10 +447,10 @@ def _pictures(dig: DeepDIG, samples: BoundarySamples, x: Tensor, unseen: Tensor)
 
 
 @torch.no_grad()
-def _segment(model: nn.Module, samples: BoundarySamples, s: int, t: int) -> dict[str, Any]:
-    """Probabilities and images along one segment; one that met a third class, if there is any."""
-    third = (samples.status == samples.THIRD_CLASS).nonzero().squeeze(1)
-    i = int(third[0]) if len(third) else 0
+def _segment(model: nn.Module, samples: BoundarySamples, status: int) -> dict[str, Tensor]:
+    """Probabilities and images along one segment, the first with that outcome if there is one."""
+    s, t = samples.classes
+    i = int((samples.status == status).byte().argmax())
     a, b = samples.pairs[:, i]
     tau = torch.linspace(0, 1, POINTS, dtype=a.dtype, device=a.device)
     path = torch.lerp(a.unsqueeze(0), b.unsqueeze(0), tau.view(-1, *[1] * a.ndim))
@@ -531,8 +534,8 @@ def _tables(lab: Lab, found: dict[int, dict[tuple[str, str], dict[str, Any]]]) -
     lab.table(
         "success rates",
         rates,
-        "Test accuracy, share of samples that survive components I and II, success rates of the three methods, "
-        "and mean distance of their borderline samples to the nearest test image.",
+        "Test accuracy, share of samples that survive components I and II, success rates of the "
+        "three methods, and mean distance of their borderline samples to the nearest test image.",
     )
     lab.table(
         "shape of the boundary",

@@ -95,6 +95,12 @@ CLAIMS = (
         expect=at_least(0.3),
         unit="Spearman correlation of F and σ²",
         how="full-batch descent with Gaussian noise from SGD's solution, Hessian directions",
+        discussion=(
+            "Flat directions relax more slowly than the noisy descent is recorded, so that their "
+            "variance is still below equilibrium and its rank is left to chance; the sign differs "
+            "from SGD's in the mean. Along the process's own principal directions it does so in "
+            "every seed (thermal-contrast-pca)."
+        ),
     ),
     Claim(
         "thermal-contrast-pca",
@@ -204,6 +210,8 @@ def _net(lab: Lab, config: Config, inputs: int, *key: object) -> nn.Sequential:
 
 
 class _Quadratic(nn.Module):
+    A: Tensor
+
     def __init__(self, A: Tensor, offset: float) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.zeros(len(A), dtype=A.dtype))
@@ -346,7 +354,7 @@ def _shaken(
     data = x, y = batches.x, batches.y
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in LAYER)
-    weight = net[2].weight
+    weight = net.get_parameter(LAYER[0])
     noise_std = _minibatch_noise(net, weight, batches, config.lr)
     hessian = HessianOperator(net, F.cross_entropy, (x, y))
     g = lab.generator("lanczos", seed)
@@ -417,7 +425,7 @@ def _forgetting(lab: Lab, config: Config, x: Tensor, y: Tensor, seed: int) -> fl
         for parameter_name, parameter in net.named_parameters():
             parameter.requires_grad_(parameter_name in LAYER)
         batches = Batches(*tasks[1], config.batch_size, generator=lab.generator("two", seed))
-        optimizer = torch.optim.SGD([net[2].weight], lr=config.lr)
+        optimizer = torch.optim.SGD([net.get_parameter(LAYER[0])], lr=config.lr)
         lab.fit(
             f"second task {name} {seed}", net, optimizer, batches,
             epochs=config.forgetting_epochs, penalty=penalty,

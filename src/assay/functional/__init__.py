@@ -36,6 +36,7 @@ from assay.functional.products import (
     LossOperator,
     ResidualOperator,
     call_model,
+    plain_attention,
     repeatable,
     select_parameters,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "filter_normalize",
     "select_parameters",
     "call_model",
+    "plain_attention",
     "repeatable",
     "LossOperator",
     "HessianOperator",

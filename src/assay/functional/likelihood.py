@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class Likelihood:
         True
     """
 
-    loss: nn.Module
+    loss: Any  # checked below; torch types the attributes of modules as Tensor | Module
 
     def __post_init__(self) -> None:
         kind = type(self.loss)
@@ -58,7 +59,7 @@ class Likelihood:
         """The likelihood of a loss given as a module or as a function of `torch.nn.functional`."""
         if loss_fn in _FUNCTIONS:
             return cls(_FUNCTIONS[loss_fn]())
-        return cls(loss_fn)  # type: ignore[arg-type]
+        return cls(loss_fn)
 
     def terms(self, output: Tensor, target: Tensor) -> Float[Tensor, " n"]:
         """The sum of the loss's terms of each sample, `(N,)`, unscaled."""
@@ -202,7 +203,7 @@ def _unreduced(loss_fn: Callable) -> Callable[..., Tensor]:
                 f"{type(loss_fn).__name__} has no `reduction`: per-sample quantities need a loss "
                 "that is a mean or sum over samples and can be asked for its terms"
             )
-        twin = type(loss_fn).__new__(type(loss_fn))
+        twin: Any = type(loss_fn).__new__(type(loss_fn))
         twin.__dict__.update(loss_fn.__dict__)
         twin.reduction = "none"
         return twin

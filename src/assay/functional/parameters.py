@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -207,7 +208,7 @@ def call_with_vector(
     vector: Float[Tensor, " p"],
     *inputs: object,
     layout: ParameterLayout | None = None,
-) -> object:
+) -> Any:
     """`module(*inputs)` as if its parameters were those in `vector`.
 
     A pure function of `vector`: differentiable, and it may run under `torch.func.vmap`. In contrast

@@ -75,6 +75,23 @@ def call_model(model: Callable, inputs: Any) -> Any:
     return model(inputs)
 
 
+def plain_attention() -> contextlib.AbstractContextManager[None]:
+    """Scaled dot-product attention as plain products and a softmax, inside the block.
+
+    Torch's fused kernels have no second derivative, no forward mode and no rule for `vmap`.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import plain_attention
+        >>> q = torch.randn(2, 1, 3, 4)
+        >>> with plain_attention():
+        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        >>> out.shape
+        torch.Size([2, 1, 3, 4])
+    """
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 @contextlib.contextmanager
 def repeatable(model: nn.Module) -> Iterator[None]:
     """Make passes inside the block alike and leave no trace of them.
@@ -98,7 +115,7 @@ def repeatable(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(plain_attention())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN's recurrent kernels have no second derivative.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))

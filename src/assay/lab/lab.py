@@ -38,7 +38,7 @@ from assay.lab.usage import UsageError, unknown
 
 T = TypeVar("T")
 
-FIGURE_STYLE = {
+FIGURE_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small files, searchable, the reader's fonts
     "svg.hashsalt": "assay",  # the same figure gives the same file
     "figure.dpi": 100,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from assay.functional.batchnorm import running_norms
 from assay.functional.batchnorm import update_bn as recompute_bn
 from assay.functional.parameters import ParameterLayout, call_with_vector, vector_to_parameters
+from assay.functional.products import plain_attention
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -148,10 +149,11 @@ def _outputs(
         at_once = len(chunk)
         if vectors.device.type == "cpu":
             at_once = min(at_once, max(1, CPU_SAMPLES // len(x)))
-        parts = [
-            batched(part, x) if len(part) > 1 else outputs(part[0], x).unsqueeze(0)
-            for part in vectors.split(at_once)
-        ]
+        with plain_attention():
+            parts = [
+                batched(part, x) if len(part) > 1 else outputs(part[0], x).unsqueeze(0)
+                for part in vectors.split(at_once)
+            ]
         yield torch.cat(parts), y
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from assay.functional import (
     call_with_vector,
     filter_normalize,
     parameters_to_vector,
+    plain_attention,
     random_direction,
 )
 from assay.landscape.evaluation import Batches, Evaluation, evaluate
@@ -538,12 +540,14 @@ class PlaneModel(nn.Module):
 
     def forward(self, x: Tensor, coordinates: Float[Tensor, "k 2"]) -> Tensor:
         """Outputs at K points, `(K, N, ...)`, in one batched pass."""
-        template = self._template.train(self.training)
+        template: Any = self._template
+        template.train(self.training)
 
-        def output(vector: Tensor) -> object:
+        def output(vector: Tensor) -> Any:
             return call_with_vector(template, vector, x, layout=self.layout)
 
-        return torch.func.vmap(output, randomness="different")(self.weights(coordinates))
+        with plain_attention():
+            return torch.func.vmap(output, randomness="different")(self.weights(coordinates))
 
     def export(self, alpha: float, beta: float) -> Mapping[str, Tensor]:
         """The parameters at (α, β), by name, for `load_state_dict(..., strict=False)`."""

@@ -12,7 +12,13 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor, nn
 
-from assay.functional import ParameterLayout, bisect, bracket, select_parameters
+from assay.functional import (
+    ParameterLayout,
+    bisect,
+    bracket,
+    plain_attention,
+    select_parameters,
+)
 from assay.functional.products import Batch, Selection
 
 # Weight vectors times samples that run at once: more of them share what lies below the moving
@@ -369,7 +375,8 @@ class _Losses:
 
         if not self._batched:
             return torch.stack([loss(vector) for vector in vectors])
-        return torch.func.vmap(loss)(vectors)
+        with plain_attention():
+            return torch.func.vmap(loss)(vectors)
 
 
 @dataclass(frozen=True)
@@ -441,12 +448,13 @@ def variance_flatness_fit(
             f"a fit needs 3 directions with finite width, {usable.sum()} of ranks {first}…{last} "
             "are left"
         )
+    line: Any = stats.linregress(np.log(f[usable]), np.log(s[usable]))
     constant = np.ptp(f[usable]) == 0 or np.ptp(s[usable]) == 0
-    line = stats.linregress(np.log(f[usable]), np.log(s[usable]))
+    ranked: Any = (math.nan,) if constant else stats.spearmanr(f[usable], s[usable])
     return VarianceFlatnessFit(
         exponent=-float(line.slope),
         standard_error=float(line.stderr),
-        spearman=math.nan if constant else float(stats.spearmanr(f[usable], s[usable])[0]),
+        spearman=float(ranked[0]),
         used=tuple(int(rank) for rank in ranks[usable]),
         infinite=int((~usable).sum()),
     )
