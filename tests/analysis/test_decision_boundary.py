@@ -153,6 +153,17 @@ def test_a_jump_exhausts_the_floats_and_is_not_called_success():
         assert torch.equal(torch.nextafter(low, high), high)
 
 
+def test_an_end_that_rounding_puts_in_the_other_class_is_no_error():
+    model = nn.Linear(1, 2, bias=False).double()
+    model.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+    a, b = torch.tensor([[-1e-9], [1.0]]).double(), torch.tensor([[-1.0], [1e-9]]).double()
+    samples = bisect_boundary(model, a, b, 0, 1, max_iter=40)
+    assert samples.success.all()
+    assert samples.x.abs().max() < 1e-4
+    with pytest.raises(ValueError, match="every input of a"):
+        bisect_boundary(model, a, b, 0, 1, tol=1e-10)
+
+
 def test_half_precision_inputs_and_empty_batches():
     model = nn.Linear(2, 2).bfloat16()
     nn.init.eye_(model.weight), nn.init.zeros_(model.bias)
@@ -656,6 +667,36 @@ def test_an_embedding_by_name_and_through_a_wrapper(trained):
     for layer in ("auto", "model.classifier"):
         assert torch.allclose(embedding_of(model, layer)(x[:10]), expected, atol=1e-6)
     assert embedding_of(models["SixLayerResidual"], "blocks.1")(x[:4]).shape == (4, 6 * 8 * 8)
+
+
+def test_a_compiled_model_gives_the_same_embedding_and_boundary():
+    model = mlp(classes=2)
+    compiled = torch.compile(model, backend="eager")
+    a, b = ends(model, 20)
+    samples, expected = (bisect_boundary(m, a, b, 0, 1) for m in (compiled, model))
+    assert torch.equal(samples.status, expected.status)
+    assert torch.allclose(samples.x, expected.x, atol=1e-6)
+    assert torch.equal(embedding_of(compiled)(a), embedding_of(model)(a))
+
+
+def test_a_recurrent_model_is_analysed_too():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model = Recurrent()
+    x = torch.randn(200, 5, 3)
+    y = (x[:, -1, 0] > 0).long()
+    fit(model, torch.optim.Adam(model.parameters(), lr=1e-2), [(x, y)], epochs=40)
+    dig = DeepDIG(model, 0, 1, steps=100, batch_size=32, bounds=None, alpha=4.0)
+    samples = dig.fit(x, y, generator=generator()).generate()
+    assert samples.success_rate == 1
+    assert samples.x.shape[1:] == (5, 3)
 
 
 def test_layers_that_do_not_exist_or_are_not_called():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from assay.functional import parameters_to_vector, random_direction, vector_to_parameters
-from assay.landscape import Evaluation, evaluate
+from assay.landscape import Evaluation, evaluate, evaluate_span
 
 MODELS = {
     "mlp": (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), (11, 4)),
@@ -142,3 +142,45 @@ def test_kept_statistics_run_at_once():
 def test_evaluation_is_a_record():
     result = Evaluation(torch.zeros(2).double(), torch.tensor([1.0, 0.5]).double())
     assert result.error.tolist() == [0, 0.5]
+
+
+class Odd(nn.Module):
+    """Two layers at the input, one of them used twice in another net, a bias outside of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(1, 3, 2)
+        self.right = nn.Linear(4, 3, bias=False)
+        self.twice = nn.Linear(3, 3)
+        self.offset = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.left(x).mean((2, 3)) + self.right(x[:, 0, 0]) + self.offset
+        return self.twice(torch.tanh(self.twice(seen)))
+
+
+@pytest.mark.parametrize("kind", ["odd", "tied", "dropout"])
+def test_span_is_the_evaluation_at_each_combination(kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "odd":
+        net: nn.Module = Odd()
+    elif kind == "tied":
+        shared = nn.Linear(16, 16)
+        net = nn.Sequential(nn.Flatten(), shared, nn.ReLU(), shared, nn.Linear(16, 3))
+    else:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    net = net.double()
+    numel = sum(p.numel() for p in net.parameters())
+    basis = torch.randn(3, numel, dtype=torch.float64)
+    coefficients = torch.randn(11, 3, dtype=torch.float64)
+    x = torch.randn(10, 1, 4, 4, dtype=torch.float64)
+    batches = {"all": [(x[:4], torch.arange(4) % 3), (x[4:], torch.arange(6) % 3)]}
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    span = evaluate_span(net, basis, coefficients, batches, chunk_size=4)["all"]
+    plain = evaluate(net, coefficients @ basis, batches)["all"]
+    torch.testing.assert_close(span.loss, plain.loss, rtol=1e-10, atol=1e-10)
+    assert span.accuracy is not None
+    assert plain.accuracy is not None
+    assert torch.equal(span.accuracy, plain.accuracy)
+    assert net.training
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())

@@ -36,6 +36,18 @@ from assay.analysis.learning_order import (
     total_agreement,
     tp_agreement,
 )
+from assay.analysis.overparameterization import (
+    HardMargin,
+    PerceptronResult,
+    TwoLayerLeakyNet,
+    UpdateCertificate,
+    compression_bound,
+    hard_margin,
+    perceptron_step,
+    run_perceptron_sgd,
+    update_bound,
+    update_certificate,
+)
 from assay.analysis.regret import (
     RegretTracker,
     StepSizeMonitor,
@@ -80,4 +92,14 @@ __all__ = [
     "nested_learning",
     "NestedLearning",
     "extent_at_accuracy",
+    "TwoLayerLeakyNet",
+    "run_perceptron_sgd",
+    "PerceptronResult",
+    "perceptron_step",
+    "hard_margin",
+    "HardMargin",
+    "update_bound",
+    "compression_bound",
+    "update_certificate",
+    "UpdateCertificate",
 ]

@@ -109,7 +109,8 @@ def embedding_of(
         handles = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in watched]
         parts = []
         try:
-            with frozen(model):
+            # Compiled code does not see the hooks.
+            with frozen(model), torch.compiler.set_stance("force_eager"):
                 for part in x.split(batch_size):
                     seen.clear()
                     logits_of(model, part)

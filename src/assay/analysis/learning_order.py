@@ -516,7 +516,7 @@ def class_table(
             f"labels must be as many as the {correct.shape[-1]} examples, got {len(labels)}"
         )
     rows: list[dict[str, float | str]] = []
-    for label in labels.unique().tolist():
+    for label in map(int, labels.unique()):
         mine = correct[..., labels == label]
         rows.append(
             {

@@ -308,7 +308,7 @@ def _entrywise(
     saved = []
     if isinstance(factor, Tensor):
         saved = [(factor.detach(), factor._version)]
-        factor = (lambda: saved[0][0])
+        factor = lambda: saved[0][0]
     trailing = len(weight.tensor.squeeze().shape) and weight.tensor.ndim
     while trailing and weight.tensor.shape[-trailing] == 1:
         trailing -= 1

@@ -116,19 +116,23 @@ class Capture(TorchFunctionMode):
         """Tell which tensors the samples are in."""
         self.samples = samples
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        self._inputs = {id(leaf): leaf for leaf in leaves if samples in leaf.shape}
+        self._inputs |= {id(leaf): leaf for leaf in leaves if samples in leaf.shape}
 
     @property
     def inputs(self) -> list[Tensor]:
         """The tensors that the samples came in."""
         return list(self._inputs.values())
 
-    def forget(self) -> None:
-        """Let go of everything: nothing of the graph outlives the call."""
+    def start_again(self) -> None:
+        """Let go of the graph and the inputs."""
         self.record.clear()
         for tensor in self._inputs.values():
             tensor.__dict__.pop(_MARK, None)
         self._inputs = {}
+
+    def forget(self) -> None:
+        """Let go of everything: nothing of the graph outlives the call."""
+        self.start_again()
         self._weights = {}
 
     def _mark_of(self, tensor: Tensor) -> Any:
@@ -343,9 +347,10 @@ def _refuse_batch_statistics(args: tuple, kwargs: dict) -> None:
 def _gains_axis(weight: Tensor, out: Tensor, samples: int) -> bool:
     """Whether a repetition made an axis as long as the batch out of nothing or of a 1."""
     aligned = (1,) * (out.ndim - weight.ndim) + tuple(weight.shape)
-    return any(
-        new == samples and old == 1 for new, old in zip(out.shape, aligned, strict=True)
-    ) and samples != 1
+    return (
+        any(new == samples and old == 1 for new, old in zip(out.shape, aligned, strict=True))
+        and samples != 1
+    )
 
 
 def _tensors(args: tuple, kwargs: dict) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.functional import GGNOperator
+from assay.functional import GGNOperator, repeatable
 from assay.functional.products import Batch, Selection
 
 
@@ -85,14 +85,11 @@ def directional_curvature(
         Width", 2020, arXiv:2001.04878.
     """
     operator = _Split(model, loss_fn, data, params=params)
-    d = _as_vector(operator, direction)
-    norm = float(d.norm())
-    if norm == 0:
-        raise ValueError("the direction is zero: at a stationary point there is no gradient")
-    if not norm < float("inf"):
-        raise ValueError(f"the direction is not finite, its norm is {norm}")
-    unit = d / norm
-    gauss_newton, product = operator.split(unit)
+    if isinstance(direction, str) and direction == "grad" and operator.single:
+        unit, gauss_newton, product = operator.split_along_gradient()
+    else:
+        unit = _unit(_as_vector(operator, direction))
+        gauss_newton, product = operator.split(unit)
     residual = float(unit.double() @ product.double())
     length = float(product.double().norm())
     return DirectionalCurvature(
@@ -163,14 +160,47 @@ class _Split(GGNOperator):
         both = self._mean(lambda inputs, targets: self._both(inputs, targets, v))
         return float(both[0]), both[1:]
 
+    def split_along_gradient(self) -> tuple[Tensor, float, Tensor]:
+        """The unit gradient of the only batch with its form and product: one pass less."""
+        found: list[Tensor] = []
+
+        def one(inputs: Any, targets: Any) -> list[Tensor]:
+            params = list(self.params.values())
+            outputs, rebuild = self.outputs(inputs)
+            # ∂ℓ/∂z held fixed: differentiating once more gives the residual part alone.
+            gradient = self.pulled_back(outputs, rebuild, targets)
+            unit = _unit(torch.cat([g.detach().reshape(-1) for g in gradient]))
+            v = list(self.layout.unflatten(unit).values())
+            found.append(unit)
+            product = self._pull(gradient, params, v)
+            with repeatable(self.model):  # the same dropout masks as in the pass above
+                primals, tangents, rebuild = self.linearize(inputs, v)
+            bent = self.output_hessian_product(primals, tangents, rebuild, targets)
+            return [_inner(tangents, bent), *product]
+
+        both = self._mean(one)
+        return found[0], float(both[0]), both[1:]
+
     def _both(self, inputs: Any, targets: Any, v: list[Tensor]) -> list[Tensor]:
         # Reverse mode through a forward-mode tangent would need one backward pass less, but torch's
         # forward-mode formulas of fused norms take their statistics for constants: its derivative
         # is silently wrong. So the tangent is only read, and H comes from two reverse passes.
         outputs, tangents, rebuild = self.linearize(inputs, v)
         bent = self.output_hessian_product(outputs, tangents, rebuild, targets)
-        form = torch.stack([(t * b).sum() for t, b in zip(tangents, bent, strict=True)]).sum()
-        return [form, *self.residual_product(outputs, rebuild, targets, v)]
+        return [_inner(tangents, bent), *self.residual_product(outputs, rebuild, targets, v)]
+
+
+def _inner(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def _unit(d: Tensor) -> Tensor:
+    norm = float(d.norm())
+    if norm == 0:
+        raise ValueError("the direction is zero: at a stationary point there is no gradient")
+    if not norm < float("inf"):
+        raise ValueError(f"the direction is not finite, its norm is {norm}")
+    return d / norm
 
 
 def _as_vector(operator: GGNOperator, direction: object) -> Tensor:

@@ -44,6 +44,21 @@ class Settings:
         """With other quantities."""
         return replace(self, quantities=quantities)
 
+    def earlier(self, quantity: str, name: str) -> Any:
+        """A result of an earlier call that may be written over."""
+        return self.out.get(quantity, {}).get(name)
+
+    def buffer(self, quantity: str, name: str, parameter: Tensor, samples: int) -> Tensor | None:
+        """The same if it is a tensor of the right kind."""
+        found = self.earlier(quantity, name)
+        if not isinstance(found, Tensor) or found.dtype != parameter.dtype:
+            return None
+        shape = found.shape[1:] if quantity == "grad_batch" else found.shape
+        fits = shape == parameter.shape and found.device == parameter.device
+        if quantity == "grad_batch":
+            fits = fits and len(found) == samples
+        return found if fits and found.is_contiguous() and not found.requires_grad else None
+
 
 def compute(
     model: nn.Module,
@@ -109,7 +124,8 @@ def compute(
         generator: of the draws.
         params: names or a predicate on names; default all that require a gradient.
         chunk_size: samples a pass; the result is that of the whole batch.
-        out: an earlier result whose `grad_batch` tensors are written again instead of new ones.
+        out: an earlier result whose tensors may be written over instead of making new ones: new
+            memory costs more than the arithmetic. Keep what this call returns, not `out`.
         scale: `"samples"`, or `"loss"`: g_n is replaced by what the sample contributes to ∇L
             (g_n / N for a mean), and moments are sums: second_moment Σ (g_n/N)², variance
             (1/N) Σ (g_n/N − mean)², as in BackPACK.
@@ -249,7 +265,7 @@ def _one_pass(
         refuse_batch_statistics(model)
     samples = count_samples(inputs, settings.batch_dim)
     capture = Capture(
-        params, model.parameters(), trace=_needs_trace(settings.quantities), per_sample=per_sample
+        params, model.parameters(), trace=needs_trace(settings.quantities), per_sample=per_sample
     )
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -296,7 +312,7 @@ def evaluate(
         with torch.no_grad():
             plan.check(gradients)
         if first:
-            found |= first_order(plan, gradients, first, settings.out.get("grad_batch", {}))
+            found |= first_order(plan, gradients, first, settings.buffer)
         del gradients
     if wanted & {*EXACT, *MONTE_CARLO}:
         found |= second_order(
@@ -306,6 +322,7 @@ def evaluate(
             generator=settings.generator,
             kfac_approx=settings.kfac_approx,
             max_features=settings.max_features,
+            buffer=settings.earlier,
         )
     steps, inputs = capture.record.steps or [], capture.inputs
     if "kfra" in wanted:
@@ -317,7 +334,12 @@ def evaluate(
     return Quantities(found, objective.samples, objective.reduction, objective.weight)
 
 
-def _needs_trace(quantities: frozenset[str]) -> bool:
+def needs_trace(quantities: frozenset[str]) -> bool:
+    """Whether every call has to be recorded, not only those with parameters.
+
+    Args:
+        quantities: that are computed.
+    """
     return bool(quantities & {"kfra", "diag_hessian"})
 
 

@@ -1,6 +1,6 @@
 """Quantities of the samples' gradients: all from one backward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def first_order(
     plan: Plan,
     gradients: list[Tensor],
     quantities: frozenset[str],
-    buffers: Mapping[str, Tensor],
+    buffer: Callable[[str, str, Tensor, int], Tensor | None],
 ) -> dict[str, dict[str, Tensor]]:
     """The quantities asked for, by parameter.
 
@@ -24,15 +24,13 @@ def first_order(
         plan: of the pass.
         gradients: ∂ℓ_n at every recorded output.
         quantities: some of `FIRST_ORDER`.
-        buffers: tensors to write `grad_batch` into, by parameter.
+        buffer: `(quantity, parameter, its tensor, samples) -> tensor` to write into, or None.
     """
     found: dict[str, dict[str, Tensor]] = {q: {} for q in FIRST_ORDER if q in quantities}
     for name, source in plan.sources.items():
-        part = source.single
-        if part is None:
-            own = _from_rows(plan, source, gradients, quantities, buffers.get(name))
-        else:
-            own = _from_rules(plan, source, gradients, quantities, buffers.get(name))
+        buffers = {q: buffer(q, name, source.parameter, plan.objective.samples) for q in found}
+        compute = _from_rows if source.single is None else _from_rules
+        own = compute(plan, source, gradients, quantities, buffers)
         for quantity in found:
             found[quantity][name] = own[quantity]
     return found
@@ -43,7 +41,7 @@ def _from_rows(
     source: Source,
     gradients: list[Tensor],
     quantities: frozenset[str],
-    buffer: Tensor | None,
+    buffers: dict[str, Tensor | None],
 ) -> dict[str, Tensor]:
     """Shared and unusual parameters: gradients of all uses are summed before anything else."""
     objective = plan.objective
@@ -54,13 +52,14 @@ def _from_rows(
     rows = plan.columns(source, gradients, outputs, tangents)
     own: dict[str, Tensor] = {}
     if "grad_batch" in quantities:
+        buffer = buffers["grad_batch"]
         own["grad_batch"] = rows if buffer is None else buffer.copy_(rows)
     if "batch_l2" in quantities:
         own["batch_l2"] = square_norms(rows)
     if {"second_moment", "variance"} & quantities:
         own["second_moment"] = _mean_square(rows)
     mean = rows.mean(0)
-    return _finish(own, mean, objective, quantities)
+    return _finish(own, mean, objective, quantities, buffers)
 
 
 def _output_gradients(plan: Plan) -> list[Tensor]:
@@ -77,7 +76,7 @@ def _from_rules(
     source: Source,
     gradients: list[Tensor],
     quantities: frozenset[str],
-    buffer: Tensor | None,
+    buffers: dict[str, Tensor | None],
 ) -> dict[str, Tensor]:
     part = source.single
     assert part is not None
@@ -89,7 +88,7 @@ def _from_rules(
     # An outer product's norm, sum and squares cost less than reading it again.
     outer = isinstance(use, MatrixUse) and use.single_position
     if "grad_batch" in quantities:
-        own["grad_batch"] = use.per_sample(slot, G, buffer)
+        own["grad_batch"] = use.per_sample(slot, G, buffers["grad_batch"])
         rows = None if outer else own["grad_batch"]
     elif squares and "batch_l2" in quantities and not outer and use.cheap_rows(slot):
         rows = use.per_sample(slot, G)
@@ -97,13 +96,17 @@ def _from_rules(
         own["batch_l2"] = use.norms(slot, G) if rows is None else square_norms(rows)
     if squares:
         if rows is None:
-            own["second_moment"] = use.sum_squares(slot, _columns_of(G), 1 / samples)
+            out = buffers.get("second_moment")
+            own["second_moment"] = use.sum_squares(slot, _columns_of(G), 1 / samples, out)
         else:
             own["second_moment"] = _mean_square(rows)
     mean = source.parameter
     if {"grad", "variance"} & quantities:
-        mean = rows.mean(0) if rows is not None else use.total(slot, G, 1 / samples)
-    return _finish(own, mean, plan.objective, quantities)
+        if rows is not None:
+            mean = rows.mean(0)
+        else:
+            mean = use.total(slot, G, 1 / samples, buffers.get("grad"))
+    return _finish(own, mean, plan.objective, quantities, buffers)
 
 
 def _columns_of(G):
@@ -111,11 +114,16 @@ def _columns_of(G):
 
 
 def _finish(
-    own: dict[str, Tensor], mean: Tensor, objective: Objective, quantities: frozenset[str]
+    own: dict[str, Tensor],
+    mean: Tensor,
+    objective: Objective,
+    quantities: frozenset[str],
+    buffers: dict[str, Tensor | None],
 ) -> dict[str, Tensor]:
     if "variance" in quantities:
-        own["variance"] = torch.addcmul(own["second_moment"], mean, mean, value=-1)
-    own["grad"] = mean if objective.reduction == "mean" else mean * objective.samples
+        out = buffers["variance"]
+        own["variance"] = torch.addcmul(own["second_moment"], mean, mean, value=-1, out=out)
+    own["grad"] = mean if objective.reduction == "mean" else mean.mul(objective.samples)
     return own
 
 

@@ -167,8 +167,12 @@ def _product(sources: list[Source], gradient: list[Tensor], v: list[Tensor]) -> 
     outputs, directions = zip(*pairs, strict=True)
     return list(
         torch.autograd.grad(
-            outputs, [s.parameter for s in sources], directions, retain_graph=True,
-            allow_unused=True, materialize_grads=True,
+            outputs,
+            [s.parameter for s in sources],
+            directions,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )  # fmt: skip
     )
 
@@ -189,9 +193,7 @@ def _column_by_column(plan: Plan) -> dict[str, Tensor]:
     return found
 
 
-def _hutchinson(
-    plan: Plan, probes: int, generator: torch.Generator | None
-) -> dict[str, Estimate]:
+def _hutchinson(plan: Plan, probes: int, generator: torch.Generator | None) -> dict[str, Estimate]:
     """v ⊙ Hv with random signs v, at the price of one gradient of the gradient each."""
     sources, gradient = _gradient(plan)
     total = [torch.zeros_like(s.parameter) for s in sources]

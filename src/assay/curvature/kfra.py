@@ -143,9 +143,7 @@ def _back(step: Step, G: Tensor, samples: int) -> Tensor:
     for j in range(size):
         column = torch.zeros_like(step.output).view(samples, -1)
         column[:, j] = 1
-        (row,) = torch.autograd.grad(
-            step.output, z, column.view_as(step.output), retain_graph=True
-        )
+        (row,) = torch.autograd.grad(step.output, z, column.view_as(step.output), retain_graph=True)
         rows.append(row.reshape(samples, -1))
     J = torch.stack(rows, 1)
     total = G.new_zeros(J.shape[2], J.shape[2])

@@ -138,9 +138,7 @@ class KroneckerFactors:
 
     def _balance(self) -> Tensor:
         """π of each group; 1 where a factor is zero."""
-        means = [
-            (f if f.ndim == 2 else f.diagonal(dim1=1, dim2=2)).mean(1) for f in self.factors
-        ]
+        means = [(f if f.ndim == 2 else f.diagonal(dim1=1, dim2=2)).mean(1) for f in self.factors]
         pi = (means[1] / means[0]).sqrt()
         return torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
 

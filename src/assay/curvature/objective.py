@@ -67,6 +67,8 @@ def find_objective(
     record: Record,
     samples: int,
     batch_dim: int,
+    *,
+    cut: bool = True,
 ) -> Objective:
     """Read the loss's structure off its value and the calls that made it.
 
@@ -78,6 +80,7 @@ def find_objective(
         record: of the pass.
         samples: N.
         batch_dim: of the inputs.
+        cut: whether the loss may be called on parts of output and targets to check it.
 
     Raises:
         TypeError: if the value is no tensor.
@@ -102,13 +105,13 @@ def find_objective(
         if scale in (float("inf"), float("-inf")):
             raise ValueError("the loss averages over nothing: every target is ignored")
         sources = ((call.output, layout),)
-        return Objective(
-            value, samples, call.loss.reduction, 1 / scale, sources, likelihood, call
-        )
+        return Objective(value, samples, call.loss.reduction, 1 / scale, sources, likelihood, call)
     if value.ndim == 1:
         source = ((value, Layout(samples)),)
         return Objective(value.mean(), samples, "mean", samples, source, None, None)
-    reduction = _reduction(loss_fn, value, output, targets, samples)
+    reduction = getattr(loss_fn, "reduction", "mean")
+    if cut:
+        reduction = _reduction(loss_fn, value, output, targets, samples)
     sources = tuple(
         (leaf, _output_layout(leaf, samples, batch_dim))
         for leaf in pytree.tree_leaves(output)

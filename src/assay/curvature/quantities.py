@@ -55,6 +55,16 @@ class Quantities(dict[str, dict[str, Any]]):
         """
         return torch.stack(list(self["batch_l2"].values())).sum(0)
 
+    def replace(self, other: "Quantities") -> None:
+        """Take everything from another.
+
+        Args:
+            other: may be forgotten afterwards.
+        """
+        self.clear()
+        self.update(other)
+        self.samples, self.reduction, self.weight = other.samples, other.reduction, other.weight
+
     def merged(self, other: "Quantities") -> "Quantities":
         """With the entries of another besides."""
         return Quantities({**self, **other}, self.samples, self.reduction, self.weight)

@@ -1,6 +1,9 @@
 """Gauss-Newton quantities: the loss's square root, column by column, sent back like a gradient."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +11,7 @@ from torch import Tensor
 from assay.curvature.kronecker import KroneckerFactors
 from assay.curvature.layout import Layout
 from assay.curvature.plan import Part, Plan, Source
-from assay.curvature.uses import EmbeddingUse, MatrixUse, OuterSum, summed_products
+from assay.curvature.uses import EmbeddingUse, LinearUse, MatrixUse, OuterSum, Use
 from assay.functional import Likelihood
 
 EXACT = ("diag_ggn", "kflr")
@@ -23,6 +26,7 @@ def second_order(
     generator: torch.Generator | None,
     kfac_approx: str,
     max_features: int,
+    buffer: Callable[[str, str], Any],
 ) -> dict[str, dict]:
     """The Gauss-Newton quantities asked for, by parameter.
 
@@ -33,6 +37,7 @@ def second_order(
         generator: of the draws.
         kfac_approx: `"expand"` or `"reduce"`.
         max_features: largest dense block of a parameter that is no matrix of a linear map.
+        buffer: `(quantity, parameter) -> ` an earlier result to write into, or None.
     """
     found: dict[str, dict] = {}
     for family, exact in ((EXACT, True), (MONTE_CARLO, False)):
@@ -44,8 +49,9 @@ def second_order(
         columns = output_columns(
             likelihood, output, target, layout, draws=draws, generator=generator
         )
+        common = _Common(plan.objective.samples, scale, kfac_approx, max_features)
         makers = {
-            name: [_maker(quantity, source, plan, kfac_approx, max_features, scale) for quantity in wanted]
+            name: [_maker(q, source, common, buffer(q, name)) for q in wanted]
             for name, source in plan.sources.items()
         }
         for tangent in columns:
@@ -115,14 +121,24 @@ def _add_column(
         maker.add_rows(rows)
 
 
-def _maker(
-    quantity: str, source: Source, plan: Plan, approx: str, max_features: int, scale: float
-):
+@dataclass(frozen=True)
+class _Common:
+    """What all makers of one family need; `sums` are those that several parameters share."""
+
+    samples: int
+    scale: float
+    approx: str
+    max_features: int
+    sums: dict[int, OuterSum] = field(default_factory=dict)
+    squares: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+def _maker(quantity: str, source: Source, common: _Common, out: Any):
     if quantity in ("diag_ggn", "diag_ggn_mc"):
-        return _Diagonal(source, scale)
+        return _Diagonal(source, common, out)
     if _is_linear_map(source):
-        return _Product(source, plan, approx, scale)
-    return _Block(source, max_features, scale)
+        return _Product(source, common, out)
+    return _Block(source, common, out)
 
 
 def _is_linear_map(source: Source) -> bool:
@@ -133,51 +149,62 @@ def _is_linear_map(source: Source) -> bool:
 class _Diagonal:
     """Σ over columns and samples of the squared entries of Jᵀv."""
 
-    def __init__(self, source: Source, scale: float) -> None:
+    def __init__(self, source: Source, common: _Common, out: Tensor | None) -> None:
         self.part = source.single
         self.source = source
-        self.scale = scale
+        self.scale = common.scale
+        self.out = out
         self.total: Tensor | None = None
-        use = None if self.part is None else self.part.use
-        matrix = isinstance(use, MatrixUse) and use.is_matrix(self.part.slot)  # type: ignore[union-attr]
-        self.outer = use if matrix and use.single_position else None  # type: ignore[union-attr]
+        self.outer: LinearUse | None = None
+        if self.part is not None and isinstance(self.part.use, LinearUse):
+            use = self.part.use
+            if use.single_position and use.layout.fold == 1:
+                # (Σ_k V²)ᵀ A²: one sum over columns and one product for weight and bias.
+                self.outer = use
+                self.owner = id(use) not in common.squares
+                self.squares = common.squares.setdefault(id(use), [])
 
     def add(self, V) -> None:
         part = self.part
         assert part is not None
-        if self.outer is not None:  # (Σ_k V²)ᵀ A²: one product for all columns
-            square = self.outer.gradients(V, 0).square()
-            self.total = square if self.total is None else self.total.add_(square)
-            return
-        lead = [v.unsqueeze(0) for v in V] if isinstance(V, list) else V.unsqueeze(0)
-        self._add(part.use.sum_squares(part.slot, lead))
+        if self.outer is None:
+            lead = [v.unsqueeze(0) for v in V] if isinstance(V, list) else V.unsqueeze(0)
+            self._add(part.use.sum_squares(part.slot, lead))
+        elif self.owner and not self.squares:
+            self.squares.append(V.square())
+        elif self.owner:
+            self.squares[0].addcmul_(V, V)
 
     def add_rows(self, rows: Tensor) -> None:
         self._add(rows.square().sum(0))
 
     def _add(self, squares: Tensor) -> None:
-        self.total = squares if self.total is None else self.total.add_(squares)
+        self.total = squares if self.total is None else self.total + squares
 
     def finish(self) -> Tensor:
+        shape = self.source.parameter.shape
+        if self.outer is not None and self.squares:
+            assert self.part is not None
+            squares = self.squares[0]
+            if self.part.slot == "bias":
+                return self.outer.bias_gradients(squares, 0).sum(0).mul_(self.scale)
+            left = self.outer.gradients(squares, 0)
+            return self.outer.outer_squares(left, self.scale, self.out).view(shape)
         if self.total is None:
             return torch.zeros_like(self.source.parameter, requires_grad=False)
-        if self.outer is not None:
-            return self.outer.outer_squares(self.total, self.scale).view(
-                self.source.parameter.shape
-            )
-        return self.total.view(self.source.parameter.shape).mul_(self.scale)
+        return self.total.view(shape).mul_(self.scale)
 
 
 class _Product:
     """B ⊗ A of the matrix of a linear map."""
 
-    def __init__(self, source: Source, plan: Plan, approx: str, scale: float) -> None:
+    def __init__(self, source: Source, common: _Common, out: KroneckerFactors | None) -> None:
         self.part: Part | None = source.single
         self.source = source
-        self.samples = plan.objective.samples
-        self.approx = approx
-        self.scale = scale
+        self.common = common
+        self.out = out
         self.sum: OuterSum | None = None
+        self.owner = True
 
     def add(self, V) -> None:
         assert self.part is not None
@@ -186,22 +213,35 @@ class _Product:
             x = use.rows(V, 0).mT.unsqueeze(1)
         else:
             x = use.gradients(V, 0)  # type: ignore[attr-defined]
-        if self.approx == "reduce" and not isinstance(use, EmbeddingUse):
-            x = x.sum(-1, keepdim=True)
-        positions = x.shape[-1]
+            if self.common.approx == "reduce":
+                x = x.sum(-1, keepdim=True)
         if self.sum is None:
-            self.sum = OuterSum(self.scale / positions)
-        self.sum.add(x)
+            self._start(use, x.shape[-1])
+        if self.owner and self.sum is not None:
+            self.sum.add(x)
+
+    def _start(self, use: Use, positions: int) -> None:
+        out = None
+        if self.out is not None:
+            out = self.out.left if self.out.grads_left else self.out.right
+        self.owner = id(use) not in self.common.sums
+        fresh = OuterSum(self.common.scale / positions, out)
+        # With one position the bias has the same block: it is computed once.
+        self.sum = self.common.sums.setdefault(id(use), fresh) if positions == 1 else fresh
+        self.owner = self.owner or positions > 1
 
     def finish(self) -> KroneckerFactors:
         assert self.part is not None
         use = self.part.use
         shape = tuple(self.source.parameter.shape)
         if isinstance(use, EmbeddingUse):
-            a, grads_left = self._token_counts(use) / self.samples, False
+            a, grads_left = self._token_counts(use) / self.common.samples, False
         else:
-            a = use.activation_covariance(self.approx)  # type: ignore[attr-defined]
             grads_left = use.grads_left  # type: ignore[attr-defined]
+            out = None
+            if self.out is not None:
+                out = self.out.right if grads_left else self.out.left
+            a = use.activation_covariance(self.common.approx, out)  # type: ignore[attr-defined]
         B = None if self.sum is None else self.sum.finish()
         if B is None:  # a loss without columns, such as one class
             features = math.prod(shape) // (a.shape[0] * a.shape[1])
@@ -220,29 +260,62 @@ class _Product:
 class _Block:
     """The exact block of a bias, a scale, or whatever is no matrix; its diagonal if it is large."""
 
-    def __init__(self, source: Source, max_features: int, scale: float) -> None:
+    def __init__(self, source: Source, common: _Common, out: KroneckerFactors | None) -> None:
         self.part = source.single
         self.source = source
-        self.scale = scale
-        self.dense = source.parameter.numel() <= max_features
-        size = source.parameter.numel()
-        shape = (1, size, size) if self.dense else (1, size)
-        self.total = source.parameter.detach().new_zeros(shape)
+        self.common = common
+        self.out = out
+        self.dense = source.parameter.numel() <= common.max_features
+        self.sum: OuterSum | None = None
+        self.owner = True
+        self.diagonal: Tensor | None = None
 
     def add(self, V) -> None:
         assert self.part is not None
+        use, slot = self.part.use, self.part.slot
         lead = [v.unsqueeze(0) for v in V] if isinstance(V, list) else V.unsqueeze(0)
         if not self.dense:
-            self.total += self.part.use.sum_squares(self.part.slot, lead).flatten()
+            self._add_diagonal(use.sum_squares(slot, lead).flatten())
             return
-        self.add_rows(self.part.use.columns(self.part.slot, lead)[0])
+        if self.sum is None and isinstance(use, MatrixUse) and _shares(use, slot):
+            self.owner = id(use) not in self.common.sums
+            fresh = OuterSum(self.common.scale, None if self.out is None else self.out.left)
+            self.sum = self.common.sums.setdefault(id(use), fresh)
+        if self.owner:
+            self.add_rows(use.columns(slot, lead)[0])
 
     def add_rows(self, rows: Tensor) -> None:
         rows = rows.flatten(1)
-        if self.dense:
-            self.total[0].addmm_(rows.T, rows)
-        else:
-            self.total += rows.square().sum(0)
+        if not self.dense:
+            self._add_diagonal(rows.square().sum(0))
+            return
+        if self.sum is None:
+            out = None if self.out is None else self.out.left
+            self.sum = OuterSum(self.common.scale, out)
+        self.sum.add(rows[:, None, :, None])
+
+    def _add_diagonal(self, squares: Tensor) -> None:
+        self.diagonal = squares if self.diagonal is None else self.diagonal + squares
 
     def finish(self) -> KroneckerFactors:
-        return KroneckerFactors(tuple(self.source.parameter.shape), self.total.mul_(self.scale))
+        parameter = self.source.parameter.detach()
+        if self.dense:
+            block = None if self.sum is None else self.sum.finish()
+            if block is None:
+                block = parameter.new_zeros(1, parameter.numel(), parameter.numel())
+        elif self.diagonal is None:
+            block = parameter.new_zeros(1, parameter.numel())
+        else:
+            block = self.diagonal.mul(self.common.scale).unsqueeze(0)
+        return KroneckerFactors(tuple(parameter.shape), block)
+
+
+def _shares(use: MatrixUse, slot: str) -> bool:
+    """Whether the bias's columns are the gradients that the weight's factor is made of."""
+    return (
+        slot == "bias"
+        and "weight" in use.slots
+        and use.slots["weight"].direct
+        and use.groups == 1
+        and use.single_position
+    )

@@ -37,7 +37,8 @@ class Use:
     """One call `z = function(..., weights, ...)`.
 
     For a slot (an argument that is a weight w) and gradients or columns V at the output z, the
-    methods give what belongs to w. G has z's shape; V has it behind a leading K.
+    methods give what belongs to w. G has z's shape; V has it behind a leading K. A result may be
+    written into `out`, but need not be.
     """
 
     slots: dict[str, Weight]
@@ -75,11 +76,13 @@ class Use:
         result = self.columns(slot, G.unsqueeze(0))[0]
         return result if out is None else out.copy_(result)
 
-    def total(self, slot: str, G: Tensor, scale: float = 1.0) -> Tensor:
+    def total(self, slot: str, G: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """The sum of the samples' gradients, times `scale`."""
         return self.per_sample(slot, G).sum(0).mul_(scale)
 
-    def sum_squares(self, slot: str, V: Tensor, scale: float = 1.0) -> Tensor:
+    def sum_squares(
+        self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
+    ) -> Tensor:
         """The squares of `columns`, summed over columns and samples, times `scale`."""
         total = torch.zeros_like(self.slots[slot].tensor, requires_grad=False)
         for v in V:
@@ -133,13 +136,13 @@ class MatrixUse(Use):
         """Whether a sample's gradient is an outer product."""
         return self.activations().shape[-1] == 1
 
-    def activation_covariance(self, approx: str) -> Tensor:
+    def activation_covariance(self, approx: str, out: Tensor | None = None) -> Tensor:
         """A = (1/N) Σ aaᵀ over samples and positions, or of positions' means; computed once."""
         if approx not in self._covariances:
             a = self.activations()
             if approx == "reduce":
                 a = a.mean(-1, keepdim=True)
-            total = OuterSum(1 / len(a))
+            total = OuterSum(1 / len(a), out)
             total.add(a)
             covariance = total.finish()
             assert covariance is not None
@@ -186,28 +189,30 @@ class MatrixUse(Use):
         torch.bmm(left, right.mT, out=target)
         return out
 
-    def total(self, slot: str, G: Tensor, scale: float = 1.0) -> Tensor:
+    def total(self, slot: str, G: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         if slot == "bias":
             return self.bias_gradients(G, 0).sum(0).mul_(scale)
         left, right = self._pair(G, 0)
-        return summed_products(left, right, scale).view(self.slots[slot].tensor.shape)
+        return summed_products(left, right, scale, out).view(self.slots[slot].tensor.shape)
 
-    def sum_squares(self, slot: str, V: Tensor, scale: float = 1.0) -> Tensor:
+    def sum_squares(
+        self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
+    ) -> Tensor:
         shape = self.slots[slot].tensor.shape
         if slot == "bias":
             return self.bias_gradients(V, 1).square().sum((0, 1)).mul_(scale).view(shape)
         a, g = self.activations(), self.gradients(V, 1)
         if a.shape[-1] == 1:  # the square of an outer product is that of the squares
-            return self.outer_squares(g.square().sum(0), scale).view(shape)
+            return self.outer_squares(g.square().sum(0), scale, out).view(shape)
         return self._sum_squares_over_positions(a, g).mul_(scale).view(shape)
 
-    def outer_squares(self, squares: Tensor, scale: float) -> Tensor:
+    def outer_squares(self, squares: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         """Σ_n of gradients' squares ⊗ activations' squares, for single positions."""
         if self._squares is None:
             self._squares = self.activations().square()
         a = self._squares
         left, right = (squares, a) if self.grads_left else (a, squares)
-        return summed_products(left, right, scale)
+        return summed_products(left, right, scale, out)
 
     def _sum_squares_over_positions(self, a: Tensor, g: Tensor) -> Tensor:
         columns, samples, groups, b, _ = g.shape
@@ -289,9 +294,7 @@ class MergedUse(MatrixUse):
     def of(cls, parts: list[LinearUse]) -> "MergedUse":
         """One use of many."""
         first = parts[0]
-        return cls(
-            first.slots, first.shape, first.edge, grads_left=first.grads_left, parts=parts
-        )
+        return cls(first.slots, first.shape, first.edge, grads_left=first.grads_left, parts=parts)
 
     def _compute_activations(self) -> Tensor:
         return torch.cat([part.activations() for part in self.parts], -1)
@@ -363,11 +366,13 @@ def patches(
     return images.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)
 
 
-def summed_products(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+def summed_products(
+    left: Tensor, right: Tensor, scale: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """scale · Σ_n left_n right_nᵀ, `(groups, m, n)`, of `(N, groups, m | n, T)`."""
     _, groups, m, positions = left.shape
     n = right.shape[2]
-    total = left.new_empty(groups, m, n)
+    total = left.new_empty(groups, m, n) if out is None else out.view(groups, m, n)
     if groups == 1 and (positions == 1 or _rows_are_free(left, right)):
         flat_left, flat_right = left[:, 0].mT.reshape(-1, m), right[:, 0].mT.reshape(-1, n)
         torch.addmm(total[0], flat_left.T, flat_right, beta=0, alpha=scale, out=total[0])
@@ -394,10 +399,12 @@ class OuterSum:
 
     Args:
         scale: factor of the sum.
+        out: a tensor to use.
     """
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, out: Tensor | None = None) -> None:
         self.scale = scale
+        self.out = out
         self.total: Tensor | None = None
         self._waiting: list[Tensor] = []
         self._half = False
@@ -421,15 +428,21 @@ class OuterSum:
 
     def _start(self, x: Tensor) -> Tensor:
         if self.total is None:
-            self.total = x.new_zeros(x.shape[1], x.shape[2], x.shape[2])
+            self.total = self._new(x, x.shape[1], x.shape[2]).zero_()
         return self.total
+
+    def _new(self, like: Tensor, groups: int, features: int) -> Tensor:
+        shape = (groups, features, features)
+        if self.out is not None and self.out.shape == shape and self.out.dtype == like.dtype:
+            return self.out
+        return like.new_empty(shape)
 
     def _flush(self) -> None:
         rows = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
         self._waiting.clear()
         features = rows.shape[1]
         if self.total is None and (len(rows) < 512 or features < 2 * BLOCK):
-            self.total = rows.new_empty(1, features, features)
+            self.total = self._new(rows, 1, features)
             torch.addmm(
                 self.total[0], rows.T, rows, beta=0, alpha=self.scale, out=self.total[0]
             )  # fmt: skip
@@ -507,7 +520,9 @@ class ElementUse(Use):
             columns = columns.sum(reduced)
         return columns.reshape(*columns.shape[:2], *shape)
 
-    def sum_squares(self, slot: str, V: Tensor, scale: float = 1.0) -> Tensor:
+    def sum_squares(
+        self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
+    ) -> Tensor:
         return self.columns(slot, V).square().sum((0, 1)).mul_(scale)
 
 
@@ -542,7 +557,7 @@ class EmbeddingUse(Use):
         where = tokens[None, :, :, None].expand_as(rows)
         return out.scatter_add_(2, where, rows)
 
-    def total(self, slot: str, G: Tensor, scale: float = 1.0) -> Tensor:
+    def total(self, slot: str, G: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         vocabulary, width = self.slots[slot].tensor.shape
         rows = self.rows(G, 0).reshape(-1, width)
         total = rows.new_zeros(vocabulary, width)
@@ -559,7 +574,9 @@ class EmbeddingUse(Use):
         summed.index_add_(1, inverse, rows)
         return pairs // vocabulary, pairs % vocabulary, summed
 
-    def sum_squares(self, slot: str, V: Tensor, scale: float = 1.0) -> Tensor:
+    def sum_squares(
+        self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
+    ) -> Tensor:
         _, token, summed = self._distinct(V)
         out = torch.zeros_like(self.slots[slot].tensor, requires_grad=False)
         return out.index_add_(0, token, summed.square_().sum(0), alpha=scale)

@@ -17,7 +17,6 @@ from assay.analysis import (
     embedding_linearity,
     embedding_of,
     input_complexity,
-    margin,
     nearest_embedding_pairs,
     nearest_neighbour,
     random_pairs,
@@ -386,7 +385,6 @@ def _boundary(
     )  # fmt: skip
     found |= {
         "entropy": boundary_entropy(p).mean().item(),
-        "margin": margin(p).mean().item(),
         "complexity": idc.mean().item(),
         "embedding": _in_embedding_space(model, train, test, borderline, p, s, t),
         "images": _pictures(dig, samples["dig"], x, unseen),

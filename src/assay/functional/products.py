@@ -75,7 +75,7 @@ def call_model(model: Callable, inputs: Any) -> Any:
     return model(inputs)
 
 
-def plain_attention() -> contextlib.AbstractContextManager[None]:
+def plain_attention() -> contextlib.AbstractContextManager[object]:
     """Scaled dot-product attention as plain products and a softmax, inside the block.
 
     Torch's fused kernels have no second derivative, no forward mode and no rule for `vmap`.
@@ -155,8 +155,8 @@ class LossOperator(ABC):
         self.layout = ParameterLayout(
             tuple(self.params), tuple(p.shape for p in self.params.values())
         )
-        single = isinstance(data, tuple) and len(data) == 2
-        self._data: Iterable[Batch] = [data] if single else data  # type: ignore[list-item]
+        self.single = isinstance(data, tuple) and len(data) == 2
+        self._data: Iterable[Batch] = [data] if self.single else data  # type: ignore[list-item]
 
     @property
     def numel(self) -> int:
@@ -207,11 +207,18 @@ class LossOperator(ABC):
         It is the Hessian of θ ↦ ⟨∂ℓ/∂z, f(θ)⟩ with ∂ℓ/∂z held fixed: no cancellation, in contrast
         to the difference of two products.
         """
-        params = list(self.params.values())
+        gradient = self.pulled_back(outputs, rebuild, targets)
+        return self._pull(gradient, list(self.params.values()), v)
+
+    def outputs(self, inputs: Any) -> tuple[list[Tensor], Any]:
+        """The output's tensors with their graph, and how to rebuild the output from tensors."""
+        return _differentiable(call_model(self.model, inputs))
+
+    def pulled_back(self, outputs: list[Tensor], rebuild: Any, targets: Any) -> list[Tensor]:
+        """The gradient Jᵀ ∂ℓ/∂z, with a graph in which ∂ℓ/∂z is a constant."""
         z = [out.detach().requires_grad_() for out in outputs]
         fixed = self._grad(self.loss_fn(rebuild(z), targets), z)
-        gradient = self._grad(outputs, params, fixed, create_graph=True)
-        return self._pull(gradient, params, v)
+        return self._grad(outputs, list(self.params.values()), fixed, create_graph=True)
 
     def _pull(self, tensors: list[Tensor], inputs: list, directions: list[Tensor]) -> list:
         """Gradient of ⟨tensors, directions⟩; zeros where nothing depends on anything."""
@@ -363,7 +370,7 @@ class GGNOperator(LossOperator):
     def _linearize_backward(self, inputs: Any, v: list[Tensor]) -> tuple[list, list, Any]:
         # J v is the derivative of w ↦ Jᵀw along v: two reverse passes, for operators that know no
         # forward mode.
-        outputs, rebuild = _differentiable(call_model(self.model, inputs))
+        outputs, rebuild = self.outputs(inputs)
         w = [torch.zeros_like(out, requires_grad=True) for out in outputs]
         pulled = self._grad(outputs, list(self.params.values()), w, create_graph=True)
         return outputs, self._pull(pulled, w, v), rebuild
@@ -400,7 +407,7 @@ class ResidualOperator(LossOperator):
     """
 
     def _product(self, inputs: Any, targets: Any, v: list[Tensor]) -> list[Tensor]:
-        outputs, rebuild = _differentiable(call_model(self.model, inputs))
+        outputs, rebuild = self.outputs(inputs)
         return self.residual_product(outputs, rebuild, targets, v)
 
 

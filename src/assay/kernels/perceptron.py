@@ -6,7 +6,8 @@ with y N(x) < 1 moves every row: w_i += η y s_i σ'(⟨w_i, x⟩) x. Two kernel
 * `_direct` evaluates the net at every sample: visits × (rows × d) operations;
 * `_cached` keeps all preactivations and, after an update, corrects those of the samples still to
   come by the Gram matrix of the data: updates × (rows × n) operations and next to none for a
-  sample that needs no update. It is the faster one as soon as updates are rare.
+  sample that needs no update. The rows themselves move once a pass, by one matrix product. It is
+  the faster one as soon as updates are rare.
 """
 
 import numpy as np
@@ -14,14 +15,15 @@ import torch
 from numba import njit
 from torch import Tensor
 
-# `_cached` holds rows × n preactivations and an n × n Gram matrix; beyond these it does not pay.
+# `_cached` holds twice rows × n numbers and an n × n Gram matrix; beyond these it does not pay.
 LARGEST_CACHE = 1 << 25  # entries
 LARGEST_GRAM = 1 << 13  # samples
+SMALLEST_WEIGHT = 1 << 14  # entries; a smaller net is evaluated faster than it is looked up
 
 
 # Sums may be reordered (that is what makes them fast); nothing else of IEEE arithmetic is given up.
 @njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
-def _direct(weight, signs, x, y, order, lr, slope, one, zero, found):
+def _direct(weight, x, signs, y, order, lr, slope, one, zero, found):
     rows, features = weight.shape
     active = np.empty(rows, dtype=np.bool_)
     count = 0
@@ -51,11 +53,10 @@ def _direct(weight, signs, x, y, order, lr, slope, one, zero, found):
 
 
 @njit(cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
-def _cached(weight, signs, x, y, order, lr, slope, one, zero, found, preactivations, gram):
-    rows, features = weight.shape
+def _cached(preactivations, gram, signs, y, order, lr, slope, one, zero, found, steps):
+    rows = signs.size
     n = order.size
-    steps = np.empty(rows, dtype=weight.dtype)
-    outputs = np.empty(n, dtype=weight.dtype)
+    outputs = np.empty(n, dtype=signs.dtype)
     for t in range(n):
         z = preactivations[order[t]]
         output = zero
@@ -68,27 +69,22 @@ def _cached(weight, signs, x, y, order, lr, slope, one, zero, found, preactivati
         j = order[t]
         if y[j] * outputs[t] >= one:
             continue
+        step = steps[count]
         found[count] = j
         count += 1
         moved = False
         for i in range(rows):
-            steps[i] = lr * y[j] * signs[i] * (one if preactivations[j, i] > zero else slope)
-            if steps[i] != zero:
-                moved = True
+            step[i] = lr * y[j] * signs[i] * (one if preactivations[j, i] > zero else slope)
+            moved |= step[i] != zero
         if not moved:
             continue
         changed = True
-        sample = x[j]
-        for i in range(rows):
-            row = weight[i]
-            for f in range(features):
-                row[f] += steps[i] * sample[f]
         for later in range(t + 1, n):
             similarity = gram[j, order[later]]
             z = preactivations[order[later]]
             output = zero
             for i in range(rows):
-                value = z[i] + steps[i] * similarity
+                value = z[i] + step[i] * similarity
                 z[i] = value
                 output += signs[i] * (value if value > zero else slope * value)
             outputs[later] = output
@@ -104,8 +100,9 @@ def gram_matrix(x: Tensor, rows: int) -> Tensor | None:
     """
     n, features = x.shape
     fits = n <= LARGEST_GRAM and n * rows <= LARGEST_CACHE
-    # With all n samples misclassified the cached kernel does n(n/2 + d) per row, the other n d.
-    return x @ x.T if fits and n <= 8 * features else None
+    large = rows * features >= SMALLEST_WEIGHT
+    # A pass of updates only costs n²/2 a row here and 2nd there; later passes have few.
+    return x @ x.T if fits and large and n <= 8 * features else None
 
 
 def perceptron_epoch(
@@ -139,16 +136,19 @@ def perceptron_epoch(
     """
     number = np.float32 if weight.dtype == torch.float32 else np.float64
     scalars = [number(value) for value in (lr, slope, 1.0, 0.0)]
-    found = np.empty(order.numel(), dtype=np.int64)
-    # numpy writes behind autograd's back: a graph that saved the weight must be able to notice.
-    torch.autograd.graph.increment_version([weight])
-    array = weight.detach().numpy()
-    arguments = [t.detach().contiguous().numpy() for t in (signs, x, y, order)]
+    found = torch.empty(order.numel(), dtype=torch.int64)
+    weight = weight.detach()
+    common = [t.detach().contiguous().numpy() for t in (signs, y, order)]
     if gram is None:
-        count, changed = _direct(array, *arguments, *scalars, found)
-    else:
-        preactivations = (x @ weight.detach().T).numpy()
-        count, changed = _cached(
-            array, *arguments, *scalars, found, preactivations, gram.numpy()
-        )
-    return torch.from_numpy(found[:count].copy()), bool(changed)
+        # numpy writes behind autograd's back: a graph that saved the weight must notice.
+        torch.autograd.graph.increment_version([weight])
+        arguments = [weight.numpy(), x.contiguous().numpy(), *common, *scalars, found.numpy()]
+        count, changed = _direct(*arguments)
+        return found[:count].clone(), bool(changed)
+    steps = weight.new_empty(order.numel(), len(weight))
+    tables = [(x @ weight.T).numpy(), gram.numpy()]
+    arguments = [*tables, *common, *scalars, found.numpy(), steps.numpy()]
+    count, changed = _cached(*arguments)
+    found = found[:count].clone()
+    weight.addmm_(steps[:count].T, x[found])
+    return found, bool(changed)

@@ -22,6 +22,7 @@ from assay.landscape.patterns import (
     random_plane,
     scan_plane,
 )
+from assay.landscape.span import evaluate_span
 from assay.landscape.trajectory import (
     Flatness,
     FlatSubspacePenalty,
@@ -46,6 +47,7 @@ __all__ = [
     "FGE",
     "Evaluation",
     "evaluate",
+    "evaluate_span",
     "random_plane",
     "scan_plane",
     "embed_pattern",

@@ -116,7 +116,7 @@ def evaluate(
     # A copy, so that an interrupted evaluation leaves no trace in the user's model.
     model = copy.deepcopy(model).eval()
     layout = ParameterLayout.of(model)
-    totals = {name: _Totals(loss_fn) for name in batches}
+    totals = {name: Totals(loss_fn) for name in batches}
     remaining = iter(points)
     while chunk := list(islice(remaining, chunk_size)):
         if recompute:
@@ -157,7 +157,7 @@ def _outputs(
         yield torch.cat(parts), y
 
 
-class _Totals:
+class Totals:
     """Sums over batches, one chunk of weight vectors after the other."""
 
     def __init__(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -166,6 +166,7 @@ class _Totals:
         self.accuracies: list[Tensor] = []
 
     def add(self, outputs: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Add outputs `(k, N, ...)` of one chunk of weight vectors, with targets, all batches."""
         samples = 0
         loss = right = None
         for out, y in outputs:
@@ -185,6 +186,7 @@ class _Totals:
             self.accuracies.append(right.cpu() / samples)
 
     def evaluation(self) -> Evaluation:
+        """The means over all that was added."""
         empty = torch.zeros(0, dtype=torch.float64)
         loss = torch.cat(self.losses) if self.losses else empty
         return Evaluation(loss, torch.cat(self.accuracies) if self.accuracies else None)

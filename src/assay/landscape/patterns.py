@@ -16,13 +16,12 @@ from assay.functional import (
     ParameterLayout,
     bisect,
     bracket,
-    call_with_vector,
     filter_normalize,
     parameters_to_vector,
-    plain_attention,
     random_direction,
 )
-from assay.landscape.evaluation import Batches, Evaluation, evaluate
+from assay.landscape.evaluation import Batches, Evaluation
+from assay.landscape.span import evaluate_span, layers_at_the_input, span_outputs
 
 Pattern = Callable[[Tensor], Tensor]
 
@@ -515,6 +514,7 @@ class PlaneModel(nn.Module):
         self.layout = ParameterLayout.of(models[0])
         # Not a sub-module: its parameters are not trained and belong to no state_dict.
         object.__setattr__(self, "_template", models[0])
+        self._shared: list[str] | None = None
 
     def axes(self) -> tuple[Tensor, Tensor]:
         """The directions u and r, `(P,)` each."""
@@ -542,12 +542,14 @@ class PlaneModel(nn.Module):
         """Outputs at K points, `(K, N, ...)`, in one batched pass."""
         template: Any = self._template
         template.train(self.training)
-
-        def output(vector: Tensor) -> Any:
-            return call_with_vector(template, vector, x, layout=self.layout)
-
-        with plain_attention():
-            return torch.func.vmap(output, randomness="different")(self.weights(coordinates))
+        if self._shared is None:
+            self._shared = layers_at_the_input(template, x)
+        basis = torch.stack([self.origin, *self.axes()])
+        scaled = self.scale * coordinates.to(basis)
+        c = torch.cat([torch.ones_like(scaled[:, :1]), scaled], dim=1)
+        return span_outputs(
+            template, self.layout.unflatten(basis, aliases=True), c, x, self._shared
+        )
 
     def export(self, alpha: float, beta: float) -> Mapping[str, Tensor]:
         """The parameters at (α, β), by name, for `load_state_dict(..., strict=False)`."""
@@ -636,7 +638,7 @@ def scan_plane(
     origin: Tensor | None = None,
     loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     bn_batches: Iterable[object] | None = None,
-    chunk_size: int = 8,
+    chunk_size: int = 64,
 ) -> dict[str, Evaluation]:
     """Loss and accuracy on a grid of a plane, origin + a · d₁ + b · d₂.
 
@@ -675,7 +677,10 @@ def scan_plane(
         raise ValueError(
             f"directions must have shape (2, {len(start)}), got {tuple(directions.shape)}"
         )
-    points = (start + a * directions[0] + b * directions[1] for a in first for b in second)
-    return evaluate(
-        model, points, batches, loss_fn=loss_fn, bn_batches=bn_batches, chunk_size=chunk_size
-    )
+    a, b = torch.meshgrid(first.to(start), second.to(start), indexing="ij")
+    coefficients = torch.stack([torch.ones_like(a), a, b], dim=-1).flatten(0, 1)
+    basis = torch.cat([start[None], directions.to(start)])
+    return evaluate_span(
+        model, basis, coefficients, batches,
+        loss_fn=loss_fn, bn_batches=bn_batches, chunk_size=chunk_size,
+    )  # fmt: skip

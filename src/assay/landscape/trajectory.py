@@ -1,5 +1,6 @@
 """What SGD's own trajectory tells of the loss around a solution (Feng and Tu, 2021)."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ from assay.functional import (
     select_parameters,
 )
 from assay.functional.products import Batch, Selection
+from assay.landscape.span import answering, layers_at_the_input, outputs_of
 
-# Weight vectors times samples that run at once: more of them share what lies below the moving
-# weights, until the activations leave the cache.
-SAMPLES_AT_ONCE = 65_536
+# Weight vectors times samples that run at once: beyond, activations leave the cache.
+SAMPLES_AT_ONCE = 16_384
 
 
 class TrajectoryRecorder:
@@ -341,6 +342,7 @@ class _Losses:
         self.dtype = next(iter(self.params.values())).dtype
         single = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
         self._data: Iterable[Batch] = [data] if single else data  # type: ignore[list-item]
+        self._resting: dict[int, dict[str, Tensor]] = {}
         self._batched = not any(isinstance(module, nn.RNNBase) for module in model.modules())
 
     def weights(self) -> Tensor:
@@ -375,8 +377,21 @@ class _Losses:
 
         if not self._batched:
             return torch.stack([loss(vector) for vector in vectors])
-        with plain_attention():
+        with plain_attention(), contextlib.ExitStack() as stack:
+            for name, answer in self._answers_at_rest(inputs).items():
+                stack.enter_context(answering(self.model.get_submodule(name), answer))
             return torch.func.vmap(loss)(vectors)
+
+    def _answers_at_rest(self, inputs: Any) -> dict[str, Tensor]:
+        """What layers that see the data themselves and do not move say, once for one batch."""
+        if not isinstance(self._data, list):
+            return {}  # a loader may give other inputs each time
+        key = id(inputs)
+        if key not in self._resting:
+            moving = {name.rpartition(".")[0] for name in self.params}
+            resting = [n for n in layers_at_the_input(self.model, inputs) if n not in moving]
+            self._resting[key] = outputs_of(self.model, resting, inputs)
+        return self._resting[key]
 
 
 @dataclass(frozen=True)

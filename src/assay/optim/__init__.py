@@ -1,7 +1,47 @@
 """Optimisers and learning-rate schedules from the literature."""
 
 from assay.optim.amsgrad import AdamNC, AMSGrad, adamnc, amsgrad
+from assay.optim.curvature import KFAC, DiagGGN
+from assay.optim.dual_preconditioning import (
+    Arcsinh,
+    Clip,
+    Diagonal,
+    DualPreconditionedGD,
+    Normalized,
+    Power,
+    SignedLog,
+)
+from assay.optim.learned_preconditioner import (
+    FitReport,
+    GaussianSampler,
+    LearnedPreconditioner,
+    RadialSampler,
+    effective_sample_size,
+)
+from assay.optim.dgc_sgd import DGCSGD
 from assay.optim.lr_scheduler import FGECyclicLR, HoldDecayLR
 from assay.optim.projected_adam import Box
 
-__all__ = ["AMSGrad", "AdamNC", "Box", "adamnc", "amsgrad", "FGECyclicLR", "HoldDecayLR"]
+__all__ = [
+    "AMSGrad",
+    "AdamNC",
+    "Box",
+    "adamnc",
+    "amsgrad",
+    "FGECyclicLR",
+    "HoldDecayLR",
+    "DualPreconditionedGD",
+    "Power",
+    "Normalized",
+    "Clip",
+    "Arcsinh",
+    "SignedLog",
+    "Diagonal",
+    "LearnedPreconditioner",
+    "FitReport",
+    "GaussianSampler",
+    "RadialSampler",
+    "effective_sample_size",
+    "DiagGGN",
+    "KFAC",
+]

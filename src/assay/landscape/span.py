@@ -1,0 +1,234 @@
+"""Loss and accuracy at combinations of a few weight vectors: planes, lines, curves."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from assay.functional import ParameterLayout, plain_attention, running_norms
+from assay.landscape.evaluation import Batches, Evaluation, Totals, evaluate
+
+CPU_SAMPLES = 16_384  # points times samples at once: beyond, activations leave the cache
+
+
+@torch.no_grad()
+def evaluate_span(
+    model: nn.Module,
+    basis: Float[Tensor, "b p"],
+    coefficients: Float[Tensor, "k b"],
+    batches: Mapping[str, Batches],
+    *,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    chunk_size: int = 64,
+    bn_batches: Iterable[object] | None = None,
+) -> dict[str, Evaluation]:
+    """`evaluate` at K combinations of a few weight vectors, such as the points of a plane.
+
+    A linear layer or convolution that sees the data themselves is linear in its weights: its output
+    at every combination is that combination of its outputs at the B basis vectors, so it is run B
+    times instead of K times. That is most of the work in small nets.
+
+    Args:
+        model: its forward takes one tensor.
+        basis: B weight vectors, or directions, in the order of
+            `assay.functional.parameters_to_vector`.
+        coefficients: the points are `coefficients @ basis`.
+        batches: batches `(x, y)` by the name of the set.
+        loss_fn: `(output, target) -> scalar`, a mean over the batch.
+        chunk_size: points at a time at most.
+        bn_batches: the data to take running statistics of, if the model has any; it is then
+            evaluated point by point.
+
+    Returns:
+        An `Evaluation` for each set, in the order of `coefficients`; equal to that of `evaluate` up
+        to rounding.
+
+    Raises:
+        ValueError: as `evaluate`.
+
+    Example:
+        >>> import torch
+        >>> from assay.landscape import evaluate_span
+        >>> line = torch.nn.Linear(1, 1, bias=False)
+        >>> x = torch.tensor([[1.0], [2.0]])
+        >>> weights = torch.tensor([[1.0], [3.0]])
+        >>> half_way = torch.tensor([[0.5, 0.5]])
+        >>> mse, sets = torch.nn.functional.mse_loss, {"train": [(x, 2 * x)]}
+        >>> evaluate_span(line, weights, half_way, sets, loss_fn=mse)["train"].loss
+        tensor([0.], dtype=torch.float64)
+    """
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    if running_norms(model) or recurrent:
+        points = (row @ basis for row in coefficients)
+        return evaluate(model, points, batches, loss_fn=loss_fn, bn_batches=bn_batches)
+    if len(coefficients) == 0:
+        raise ValueError("coefficients is empty: expected at least one point")
+    model = copy.deepcopy(model).eval()
+    tensors = ParameterLayout.of(model).unflatten(basis, aliases=True)
+    results = {}
+    for name, of_set in batches.items():
+        total = Totals(loss_fn)
+        total.add(_outputs(model, tensors, coefficients.to(basis), of_set, chunk_size))
+        results[name] = total.evaluation()
+    return results
+
+
+def _outputs(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    coefficients: Tensor,
+    batches: Batches,
+    chunk_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs `(K, N, ...)` at all combinations with the targets, batch by batch."""
+    shared: list[str] | None = None
+    for x, y in batches:
+        if len(x) == 0:
+            continue
+        x, y = x.to(coefficients.device), y.to(coefficients.device)
+        shared = layers_at_the_input(model, x) if shared is None else shared
+        at_once = chunk_size
+        if coefficients.device.type == "cpu":
+            at_once = max(1, min(chunk_size, CPU_SAMPLES // len(x)))
+        parts = coefficients.split(at_once)
+        yield torch.cat([span_outputs(model, tensors, part, x, shared) for part in parts]), y
+
+
+def span_outputs(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    coefficients: Float[Tensor, "k b"],
+    x: Tensor,
+    shared: Sequence[str],
+) -> Tensor:
+    """Outputs at combinations of weights, `(K, N, ...)`, in one batched pass; differentiable.
+
+    Args:
+        model: any module `vmap` can run.
+        tensors: every parameter at the B basis vectors, `(B, *shape)`, by name.
+        coefficients: of the combinations.
+        x: the model's input.
+        shared: names from `layers_at_the_input`.
+    """
+    layers = {name: model.get_submodule(name) for name in shared}
+    rest = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in layers}
+
+    def output(c: Tensor) -> Tensor:
+        substitute = {name: torch.tensordot(c, t, dims=1) for name, t in rest.items()}
+        with contextlib.ExitStack() as stack:
+            for name, layer in layers.items():
+                stack.enter_context(_mixing(name, layer, tensors, c))
+            return torch.func.functional_call(model, substitute, (x,), tie_weights=False)
+
+    with plain_attention():
+        return torch.func.vmap(output, randomness="different")(coefficients)
+
+
+def layers_at_the_input(model: nn.Module, x: Tensor) -> list[str]:
+    """Names of linear layers and convolutions whose input does not depend on any weight.
+
+    Args:
+        model: any module; a pass is made with one sample.
+        x: its input.
+    """
+    calls: dict[str, list[bool]] = {}
+    handles = []
+    owners = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    for name, layer in model.named_modules():
+        if type(layer) not in kinds or any(owners.count(id(p)) > 1 for p in layer.parameters()):
+            continue  # subclasses may do anything; tied weights are also used elsewhere
+
+        def note(_: nn.Module, inputs: tuple, name: str = name) -> None:
+            calls.setdefault(name, []).append(inputs[0].requires_grad)
+
+        handles.append(layer.register_forward_pre_hook(note))
+    tracked = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
+    was_training = model.training
+    try:
+        with torch.enable_grad():
+            torch.func.functional_call(model.eval(), tracked, (x.detach()[:1],))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return [name for name, dependent in calls.items() if dependent == [False]]
+
+
+@contextlib.contextmanager
+def _mixing(
+    name: str, layer: nn.Module, tensors: Mapping[str, Tensor], c: Tensor
+) -> Iterator[None]:
+    """Let a layer answer with the combination `c` of its answers at the basis vectors.
+
+    Under `vmap` its input is the same at all points, so that the answers are computed once.
+    """
+    prefix = f"{name}." if name else ""
+    weights, biases = tensors[prefix + "weight"], tensors.get(prefix + "bias")
+
+    def forward(inputs: Tensor) -> Tensor:
+        answers = [
+            _apply(layer, inputs, weight, None if biases is None else biases[b])
+            for b, weight in enumerate(weights)
+        ]
+        return torch.tensordot(c, torch.stack(answers), dims=1)
+
+    with _forward_replaced(layer, forward):
+        yield
+
+
+@contextlib.contextmanager
+def _forward_replaced(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    vars(layer)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(layer)["forward"]
+
+
+def answering(layer: nn.Module, answer: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Inside the block a layer gives a known answer, whatever it is asked.
+
+    Args:
+        layer: of a model that runs inside the block.
+        answer: its output.
+    """
+    return _forward_replaced(layer, lambda _: answer)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+    """What some layers of a model say in a pass.
+
+    Args:
+        model: runs on `x`.
+        names: of the layers, each called once.
+        x: the input.
+    """
+    found: dict[str, Tensor] = {}
+    handles = []
+    for name in names:
+
+        def keep(_: nn.Module, __: tuple, output: Tensor, name: str = name) -> None:
+            found[name] = output
+
+        handles.append(model.get_submodule(name).register_forward_hook(keep))
+    try:
+        if names:
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _apply(layer: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return F.linear(inputs, weight, bias)
+    convolution: Any = layer
+    return convolution._conv_forward(inputs, weight, bias)
