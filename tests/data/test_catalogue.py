@@ -10,7 +10,8 @@ import torch
 from assay.data import DataUnavailable, available, cache, catalogue, describe, load, names
 from dataset_files import idx_bytes, make_tar, write_parquet
 
-ALL = ("mnist5k", "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "usps")
+EMBEDDED = ("mnist5k", "digits", "breast-cancer")
+ALL = (*EMBEDDED, "mnist", "fashion-mnist", "cifar10", "cifar100", "usps")
 
 
 def shrink(monkeypatch, name, train=6, test=4):
@@ -36,7 +37,8 @@ def test_names_and_descriptions():
     for name in ALL:
         about = describe(name)
         assert about.name == name
-        assert len(set(about.classes)) == len(about.classes) == (100 if name == "cifar100" else 10)
+        classes = {"cifar100": 100, "breast-cancer": 2}.get(name, 10)
+        assert len(set(about.classes)) == len(about.classes) == classes
         assert set(about.sizes) == {"train", "test"}
         assert about.home.startswith("http")
         assert about.reference
@@ -44,7 +46,7 @@ def test_names_and_descriptions():
 
 
 def test_every_download_is_secure_and_verified():
-    for name in ALL[2:]:
+    for name in ALL[len(EMBEDDED) :]:
         for remotes in catalogue.ENTRIES[name].remotes.values():
             assert remotes
             for remote in remotes:
@@ -91,7 +93,7 @@ def test_embedded_splits_never_change():
     """Results that others published depend on them."""
     checksums = {
         (name, split): load(name, split).checksum[:16]
-        for name in ("mnist5k", "digits")
+        for name in EMBEDDED
         for split in ("train", "test")
     }
     assert checksums == {
@@ -99,7 +101,20 @@ def test_embedded_splits_never_change():
         ("mnist5k", "test"): "d77cc69dd0615ceb",
         ("digits", "train"): "8e68027a45899ebe",
         ("digits", "test"): "6daf5001f44250f2",
+        ("breast-cancer", "train"): "8724bd21b523f213",
+        ("breast-cancer", "test"): "a7c3691a2eda57ff",
     }
+
+
+def test_breast_cancer_is_scikit_learns_as_measured():
+    from sklearn.datasets import load_breast_cancer
+
+    train, test = load("breast-cancer"), load("breast-cancer", "test")
+    assert (len(train), len(test)) == (456, 113)
+    assert train.classes == ("malignant", "benign")
+    assert torch.cat([train.y, test.y]).sum() == 357
+    theirs = torch.from_numpy(load_breast_cancer().data).float().sort(0).values
+    assert torch.equal(torch.cat([train.x, test.x]).sort(0).values, theirs)
 
 
 def test_limit_is_a_stratified_seeded_choice():

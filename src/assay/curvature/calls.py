@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
@@ -308,8 +309,8 @@ def _entrywise(
     saved = []
     if isinstance(factor, Tensor):
         saved = [(factor.detach(), factor._version)]
-        factor = lambda: saved[0][0]
-    trailing = len(weight.tensor.squeeze().shape) and weight.tensor.ndim
+        factor = partial(getitem, saved[0], 0)
+    trailing = weight.tensor.ndim
     while trailing and weight.tensor.shape[-trailing] == 1:
         trailing -= 1
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from assay.curvature.capture import Capture, plain_kernels
 from assay.curvature.chunks import count_samples, pieces, slice_samples

@@ -111,9 +111,12 @@ def _signed_roots(plan: Plan, bends: list[Step]) -> dict[str, Tensor]:
     if not bends:
         return totals
     slopes = torch.autograd.grad(
-        plan.objective.loss, [step.output for step in bends], retain_graph=True,
-        allow_unused=True, materialize_grads=True,
-    )  # fmt: skip
+        plan.objective.loss,
+        [step.output for step in bends],
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
     samples = plan.objective.samples
     for step, slope in zip(bends, slopes, strict=True):
         z = step.inputs[0]
@@ -154,9 +157,12 @@ def _gradient(plan: Plan) -> tuple[list[Source], list[Tensor]]:
     """Parameters and ∇L with a graph of its own."""
     sources = list(plan.sources.values())
     gradient = torch.autograd.grad(
-        plan.objective.loss, [s.parameter for s in sources], create_graph=True,
-        allow_unused=True, materialize_grads=True,
-    )  # fmt: skip
+        plan.objective.loss,
+        [s.parameter for s in sources],
+        create_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
     return sources, list(gradient)
 
 
@@ -173,7 +179,7 @@ def _product(sources: list[Source], gradient: list[Tensor], v: list[Tensor]) -> 
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
-        )  # fmt: skip
+        )
     )
 
 
@@ -185,9 +191,12 @@ def _column_by_column(plan: Plan) -> dict[str, Tensor]:
         if slope.requires_grad:
             for i, entry in enumerate(slope.flatten()):
                 (column,) = torch.autograd.grad(
-                    entry, source.parameter, retain_graph=True, allow_unused=True,
+                    entry,
+                    source.parameter,
+                    retain_graph=True,
+                    allow_unused=True,
                     materialize_grads=True,
-                )  # fmt: skip
+                )
                 diagonal[i] = column.flatten()[i]
         found[source.name] = diagonal.view(source.parameter.shape)
     return found

@@ -9,7 +9,7 @@ from torch import Tensor
 from assay.curvature.capture import Record
 from assay.curvature.layout import Layout, candidates
 from assay.curvature.objective import Objective
-from assay.curvature.uses import CallUse, LinearUse, MatrixUse, MergedUse, Use, Weight
+from assay.curvature.uses import CallUse, LinearUse, MergedUse, Use, Weight
 
 
 @dataclass(eq=False)

@@ -23,6 +23,7 @@ class Unrolled:
     accepts: Callable[..., bool]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the torch function would return."""
         return self.function(*args, **kwargs)
 
 
@@ -72,7 +73,7 @@ def multi_head_attention(
             matrices = in_proj_weight.split(width)
         biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.split(width)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((q, k, v), matrices, biases, strict=True))
-    samples, length, _ = q.shape
+    samples = len(q)
     if bias_k is not None and bias_v is not None:
         k = torch.cat([k, bias_k.expand(samples, 1, width)], 1)
         v = torch.cat([v, bias_v.expand(samples, 1, width)], 1)

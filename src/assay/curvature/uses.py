@@ -123,6 +123,7 @@ class MatrixUse(Use):
     _covariances: dict[str, Tensor] = field(default_factory=dict)
 
     def is_matrix(self, slot: str) -> bool:
+        """See `Use`."""
         return slot == "weight"
 
     def activations(self) -> Tensor:
@@ -169,6 +170,7 @@ class MatrixUse(Use):
         return (g, a) if self.grads_left else (a, g)
 
     def columns(self, slot: str, V: Tensor) -> Tensor:
+        """See `Use`."""
         if slot == "bias":
             return self.bias_gradients(V, 1)
         left, right = self._pair(V, 1)
@@ -176,6 +178,7 @@ class MatrixUse(Use):
         return product.reshape(*product.shape[:2], *self.slots[slot].tensor.shape)
 
     def per_sample(self, slot: str, G: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Use`."""
         if slot == "bias":
             rows = self.bias_gradients(G, 0)
             return rows if out is None else out.copy_(rows)
@@ -190,6 +193,7 @@ class MatrixUse(Use):
         return out
 
     def total(self, slot: str, G: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """See `Use`."""
         if slot == "bias":
             return self.bias_gradients(G, 0).sum(0).mul_(scale)
         left, right = self._pair(G, 0)
@@ -198,6 +202,7 @@ class MatrixUse(Use):
     def sum_squares(
         self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
+        """See `Use`."""
         shape = self.slots[slot].tensor.shape
         if slot == "bias":
             return self.bias_gradients(V, 1).square().sum((0, 1)).mul_(scale).view(shape)
@@ -238,6 +243,7 @@ class MatrixUse(Use):
         return total
 
     def norms(self, slot: str, G: Tensor) -> Tensor:
+        """See `Use`."""
         if slot == "bias":
             return self.bias_gradients(G, 0).square().sum(1)
         left, right = self._pair(G, 0)
@@ -275,9 +281,11 @@ class LinearUse(MatrixUse):
         return self._rows(self.input.to(self.dtype), 0).mT.unsqueeze(1)
 
     def gradients(self, V: Tensor, lead: int) -> Tensor:
+        """See `MatrixUse`."""
         return self._rows(V, lead).mT.unsqueeze(lead + 1)
 
     def merge_key(self) -> object:
+        """See `MatrixUse`."""
         return (type(self), self.grads_left, *((k, id(w.tensor)) for k, w in self.slots.items()))
 
 
@@ -300,6 +308,7 @@ class MergedUse(MatrixUse):
         return torch.cat([part.activations() for part in self.parts], -1)
 
     def gradients(self, V: Any, lead: int) -> Tensor:
+        """See `MatrixUse`."""
         pairs = zip(self.parts, V, strict=True)
         return torch.cat([part.gradients(v, lead) for part, v in pairs], -1)
 
@@ -333,9 +342,11 @@ class ConvUse(MatrixUse):
         return self._arrange(self.input.to(self.dtype), 0, unfold=not self.transposed)
 
     def gradients(self, V: Tensor, lead: int) -> Tensor:
+        """See `MatrixUse`."""
         return self._arrange(V, lead, unfold=self.transposed)
 
     def bias_gradients(self, V: Tensor, lead: int) -> Tensor:
+        """See `MatrixUse`."""
         if not self.transposed:
             return MatrixUse.bias_gradients(self, V, lead)
         return self._arrange(V, lead, unfold=False).sum(-1).flatten(lead + 1)
@@ -500,13 +511,15 @@ class ElementUse(Use):
         shape = tuple(self.slots[slot].tensor.shape)
         if self.alignment is None:
             return (1,) * (len(self.shape) - len(shape)) + shape
-        where = {dim: size for dim, size in zip(self.alignment, shape, strict=True)}
+        where = dict(zip(self.alignment, shape, strict=True))
         return tuple(where.get(dim, 1) for dim in range(len(self.shape)))
 
     def fits(self, layout: Layout) -> bool:
+        """See `Use`."""
         return all(self._aligned(slot)[layout.axis] == 1 for slot in self.slots)
 
     def columns(self, slot: str, V: Tensor) -> Tensor:
+        """See `Use`."""
         factor = self._factor(slot)
         if isinstance(factor, Tensor) or factor != 1:
             V = V * factor
@@ -523,6 +536,7 @@ class ElementUse(Use):
     def sum_squares(
         self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
+        """See `Use`."""
         return self.columns(slot, V).square().sum((0, 1)).mul_(scale)
 
 
@@ -537,6 +551,7 @@ class EmbeddingUse(Use):
     padding_idx: int | None = None
 
     def is_matrix(self, slot: str) -> bool:
+        """See `Use`."""
         return True
 
     def rows(self, V: Tensor, lead: int) -> Tensor:
@@ -551,6 +566,7 @@ class EmbeddingUse(Use):
         return self.layout.split(self.indices).reshape(self.layout.samples, -1)
 
     def columns(self, slot: str, V: Tensor) -> Tensor:
+        """See `Use`."""
         rows, tokens = self.rows(V, 1), self.tokens()
         vocabulary, width = self.slots[slot].tensor.shape
         out = rows.new_zeros(*rows.shape[:2], vocabulary, width)
@@ -558,6 +574,7 @@ class EmbeddingUse(Use):
         return out.scatter_add_(2, where, rows)
 
     def total(self, slot: str, G: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """See `Use`."""
         vocabulary, width = self.slots[slot].tensor.shape
         rows = self.rows(G, 0).reshape(-1, width)
         total = rows.new_zeros(vocabulary, width)
@@ -577,11 +594,13 @@ class EmbeddingUse(Use):
     def sum_squares(
         self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
+        """See `Use`."""
         _, token, summed = self._distinct(V)
         out = torch.zeros_like(self.slots[slot].tensor, requires_grad=False)
         return out.index_add_(0, token, summed.square_().sum(0), alpha=scale)
 
     def norms(self, slot: str, G: Tensor) -> Tensor:
+        """See `Use`."""
         sample, _, summed = self._distinct(G.unsqueeze(0))
         out = summed.new_zeros(self.layout.samples)
         return out.index_add_(0, sample, summed[0].square_().sum(-1))
@@ -604,9 +623,11 @@ class CallUse(Use):
     batched: list[int] = field(default_factory=list)
 
     def fits(self, layout: Layout) -> bool:
+        """See `Use`."""
         return layout.axis == 0 and layout.fold == 1
 
     def columns(self, slot: str, V: Tensor) -> Tensor:
+        """See `Use`."""
         place = self.places[slot]
 
         def one(v: Tensor, *samples: Tensor) -> Tensor:

@@ -50,8 +50,9 @@ def load(
         progress: Whether to show progress of long steps on a terminal.
 
     Returns:
-        The data set: `x` float32 in [0, 1], `(N, C, H, W)`; `y` int64, `(N,)`; the class names;
-        and `source`, a sentence saying where the bytes came from.
+        The data set: `x` float32, `(N, C, H, W)` in [0, 1] for images and `(N, d)` as measured for
+        tables; `y` int64, `(N,)`; the class names; and `source`, a sentence saying where the bytes
+        came from.
 
     Raises:
         ValueError: If `name` or `split` is unknown, or `limit` is not positive.

@@ -1,4 +1,4 @@
-"""Data sets inside packages that are always installed: MNIST-5k and the 8x8 digits."""
+"""Data sets inside packages that are always installed: MNIST-5k, 8x8 digits, breast cancer."""
 
 from functools import cache
 from importlib.metadata import version
@@ -56,6 +56,18 @@ def _digits(split: str) -> Found:
     return Found(identity, f"embedded: 1,797 digits shipped with {package}", (), read)
 
 
+def _breast_cancer(split: str) -> Found:
+    def read(progress: bool) -> Arrays:
+        from sklearn.datasets import load_breast_cancer
+
+        x, y = (np.asarray(array) for array in load_breast_cancer(return_X_y=True))
+        return _fixed_split(x.astype(np.float32), y.astype(np.int64), split, "fixed 456/113 split")
+
+    identity = ("breast-cancer", split, "scikit-learn", version("scikit-learn"))
+    package = f"scikit-learn {version('scikit-learn')}"
+    return Found(identity, f"embedded: 569 tumours shipped with {package}", (), read)
+
+
 ENTRIES = (
     Entry(
         Description(
@@ -85,5 +97,20 @@ ENTRIES = (
         ),
         packaged=_digits,
         scale=16.0,
+    ),
+    Entry(
+        Description(
+            name="breast-cancer",
+            title="30 measurements of cell nuclei from 569 breast tumours, not scaled",
+            shape=(30,),
+            classes=("malignant", "benign"),
+            sizes={"train": 456, "test": 113},
+            home="https://archive.ics.uci.edu/dataset/17/breast+cancer+wisconsin+diagnostic",
+            licence="CC BY 4.0",
+            reference="W. N. Street, W. H. Wolberg, O. L. Mangasarian. Nuclear feature extraction "
+            "for breast tumor diagnosis. SPIE 1905, 1993.",
+        ),
+        packaged=_breast_cancer,
+        scale=1.0,
     ),
 )

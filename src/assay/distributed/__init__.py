@@ -9,13 +9,6 @@ from assay.distributed.compressors import (
     StochasticIntegerRounding,
     natural_round,
 )
-from assay.distributed.deep_gradient_compression import (
-    DensityWarmup,
-    DGCState,
-    DGCWorker,
-    MomentumCorrection,
-    dgc_hook,
-)
 from assay.distributed.decentralized import DecentralizedOptimizer, SimulatedAgents
 from assay.distributed.decentralized_updates import (
     D2,
@@ -27,6 +20,13 @@ from assay.distributed.decentralized_updates import (
     LocalSGD,
     Method,
     ProxPDA,
+)
+from assay.distributed.deep_gradient_compression import (
+    DensityWarmup,
+    DGCState,
+    DGCWorker,
+    MomentumCorrection,
+    dgc_hook,
 )
 from assay.distributed.dithering import NaturalDithering, RandomDithering
 from assay.distributed.gossip import Gossip, SimulatedGossip, chebyshev_rounds

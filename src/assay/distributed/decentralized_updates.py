@@ -270,7 +270,7 @@ class D2(Method):
         >>> SimulatedAgents(D2(), lambda x, step: x, torch.zeros(4, 1), Topology.ring(4), lr=0.1)
         Traceback (most recent call last):
             ...
-        ValueError: D2 needs weights with λ_min > -1/3, got -0.333333; lazy weights ...
+        ValueError: D2 needs weights with λ_min > -1/3, got -0.333333: use mixing(lazy=True)
 
     Reference:
         Tang, Lian, Yan, Zhang, Liu, D²: Decentralized Training over Decentralized Data, 2018,
@@ -368,7 +368,7 @@ class ChebyshevFiltered(Method):
         >>> agents = SimulatedAgents(ChebyshevFiltered(), lambda x, step: x - c, torch.zeros(3, 1),
         ...                          Topology.path(3), lr=0.2)
         >>> agents.run(100).round(decimals=2).flatten(), agents.gossip.rounds_done
-        (tensor([3., 3., 3.]), 300)
+        (tensor([3., 3., 3.]), 200)
 
     Reference:
         Sun, Hong, Distributed Non-Convex First-Order Optimization and Information Processing, 2018,
@@ -416,8 +416,7 @@ def _check_lambda_min(name: str, mixing: MixingMatrix, bound: float, *, strict: 
         text = "-1/3" if strict else "-1"
         raise ValueError(
             f"{name} needs weights with λ_min {'>' if strict else '≥'} {text}, got "
-            f"{smallest:.6g}; lazy weights, (I + W) / 2, always have it for W ≥ 0: "
-            "topology.mixing(lazy=True)"
+            f"{smallest:.6g}: use mixing(lazy=True)"
         )
 
 

@@ -152,8 +152,8 @@ class Cast(BaseCompressor):
 
     Example:
         >>> half = Cast(torch.float16)
-        >>> half.decompress(half.compress(torch.tensor([0.1, 1e6])))
-        tensor([1.0000e-01, 6.5504e+04])
+        >>> half.decompress(half.compress(torch.tensor([0.5, 1e6])))
+        tensor([5.0000e-01, 6.5504e+04])
     """
 
     unbiased = False

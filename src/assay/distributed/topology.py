@@ -388,7 +388,7 @@ class MixingMatrix:
 
 
 class TopologySchedule:
-    """Weights that change from round to round, W_0, W_1, …, W_{period − 1}, W_0, …
+    """Weights that change from round to round: W_0, W_1, …, W_{period − 1}, and again from W_0.
 
     One phase need not connect everybody; all of them together must.
 

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._used: set[str] = set()
+        self._started = time.perf_counter()
+        self._before = 0.0
 
     def identity(self) -> dict[str, Any] | None:
         """What `begin` was given by the run that left these checkpoints; None if there are none."""
@@ -41,6 +44,17 @@ class Checkpoints:
             return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return None
+
+    def elapsed(self) -> float:
+        """Seconds of work so far, those of earlier, killed runs up to their last checkpoint too."""
+        return self._before + time.perf_counter() - self._started
+
+    def count_on(self) -> None:
+        """Begin at the time that an earlier, killed run has taken."""
+        try:
+            self._before = float((self.folder / "elapsed").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            self._before = 0.0
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Note which run these checkpoints belong to."""
@@ -56,7 +70,7 @@ class Checkpoints:
         if not path.exists():
             value = function()
             _check_plain(value, name)
-            _save(path, value)
+            self._save(path, value)
         return torch.load(path, weights_only=True)
 
     def save_training(
@@ -74,7 +88,7 @@ class Checkpoints:
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             "history": [dict(record) for record in history],
         }
-        _save(self._path("fit", name), state)
+        self._save(self._path("fit", name), state)
 
     def load_training(
         self, name: str, parts: Mapping[str, Any], shuffler: torch.Generator | None
@@ -92,6 +106,12 @@ class Checkpoints:
         if state["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
         return state["history"]
+
+    def _save(self, path: Path, value: object) -> None:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        write_atomically(path, buffer.getvalue())
+        write_atomically(self.folder / "elapsed", f"{self.elapsed():.3f}")
 
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / f"{kind}-{file_name(name)}.pt"
@@ -117,9 +137,3 @@ def _check_plain(value: object, name: str) -> None:
             f"stage {name!r} returned a {type(value).__name__}; a stage may return tensors, "
             "numbers, strings, None, and lists, tuples and dicts of these"
         )
-
-
-def _save(path: Path, value: object) -> None:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_atomically(path, buffer.getvalue())

@@ -7,7 +7,6 @@ import pkgutil
 import platform
 import subprocess
 import sys
-import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -212,7 +211,6 @@ def run_experiment(
     if lab.is_main:
         _settle_previous_run(lab, identity, resume)
     lab.fabric.barrier()
-    started = time.perf_counter()
     when = datetime.now(UTC)
     with lab.open():
         experiment.run(lab, config)
@@ -229,7 +227,7 @@ def run_experiment(
         figures=lab.figures,
         curves=list(lab.curves.values()),
         notes=lab.notes,
-        provenance=_provenance(lab, when, time.perf_counter() - started),
+        provenance=_provenance(lab, when, lab.checkpoints.elapsed()),
     )
     if lab.is_main:
         result.write(directory)
@@ -250,7 +248,9 @@ def _settle_previous_run(lab: Lab, identity: dict[str, Any], resume: bool | None
             f"the unfinished run in {lab.directory} differs in {', '.join(differing)}: "
             "use the same settings, or --no-resume to discard it"
         )
-    if not resume or previous is None:
+    if resume and previous is not None:
+        lab.checkpoints.count_on()
+    else:
         lab.checkpoints.discard()
         lab.checkpoints.begin(identity)
 

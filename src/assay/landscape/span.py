@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from assay.functional import ParameterLayout, plain_attention, running_norms
 from assay.landscape.evaluation import Batches, Evaluation, Totals, evaluate
 
-CPU_SAMPLES = 16_384  # points times samples at once: beyond, activations leave the cache
+CPU_SAMPLES = 8_192  # points times samples at once: beyond, activations leave the cache
 
 
 @torch.no_grad()
@@ -95,8 +95,12 @@ def _outputs(
         at_once = chunk_size
         if coefficients.device.type == "cpu":
             at_once = max(1, min(chunk_size, CPU_SAMPLES // len(x)))
-        parts = coefficients.split(at_once)
-        yield torch.cat([span_outputs(model, tensors, part, x, shared) for part in parts]), y
+        memory: dict[str, Tensor] = {}
+        parts = [
+            span_outputs(model, tensors, part, x, shared, memory)
+            for part in coefficients.split(at_once)
+        ]
+        yield torch.cat(parts), y
 
 
 def span_outputs(
@@ -105,6 +109,7 @@ def span_outputs(
     coefficients: Float[Tensor, "k b"],
     x: Tensor,
     shared: Sequence[str],
+    memory: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Outputs at combinations of weights, `(K, N, ...)`, in one batched pass; differentiable.
 
@@ -114,6 +119,8 @@ def span_outputs(
         coefficients: of the combinations.
         x: the model's input.
         shared: names from `layers_at_the_input`.
+        memory: keeps what these layers answer at the basis vectors, for further calls with the same
+            input and weights.
     """
     layers = {name: model.get_submodule(name) for name in shared}
     rest = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in layers}
@@ -122,7 +129,7 @@ def span_outputs(
         substitute = {name: torch.tensordot(c, t, dims=1) for name, t in rest.items()}
         with contextlib.ExitStack() as stack:
             for name, layer in layers.items():
-                stack.enter_context(_mixing(name, layer, tensors, c))
+                stack.enter_context(_mixing(name, layer, tensors, c, memory))
             return torch.func.functional_call(model, substitute, (x,), tie_weights=False)
 
     with plain_attention():
@@ -162,7 +169,11 @@ def layers_at_the_input(model: nn.Module, x: Tensor) -> list[str]:
 
 @contextlib.contextmanager
 def _mixing(
-    name: str, layer: nn.Module, tensors: Mapping[str, Tensor], c: Tensor
+    name: str,
+    layer: nn.Module,
+    tensors: Mapping[str, Tensor],
+    c: Tensor,
+    memory: dict[str, Tensor] | None,
 ) -> Iterator[None]:
     """Let a layer answer with the combination `c` of its answers at the basis vectors.
 
@@ -172,11 +183,14 @@ def _mixing(
     weights, biases = tensors[prefix + "weight"], tensors.get(prefix + "bias")
 
     def forward(inputs: Tensor) -> Tensor:
-        answers = [
-            _apply(layer, inputs, weight, None if biases is None else biases[b])
-            for b, weight in enumerate(weights)
-        ]
-        return torch.tensordot(c, torch.stack(answers), dims=1)
+        known = {} if memory is None else memory
+        if name not in known:
+            answers = [
+                _apply(layer, inputs, weight, None if biases is None else biases[b])
+                for b, weight in enumerate(weights)
+            ]
+            known[name] = torch.stack(answers)
+        return torch.tensordot(c, known[name], dims=1)
 
     with _forward_replaced(layer, forward):
         yield

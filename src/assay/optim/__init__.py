@@ -2,6 +2,7 @@
 
 from assay.optim.amsgrad import AdamNC, AMSGrad, adamnc, amsgrad
 from assay.optim.curvature import KFAC, DiagGGN
+from assay.optim.dgc_sgd import DGCSGD
 from assay.optim.dual_preconditioning import (
     Arcsinh,
     Clip,
@@ -18,11 +19,11 @@ from assay.optim.learned_preconditioner import (
     RadialSampler,
     effective_sample_size,
 )
-from assay.optim.dgc_sgd import DGCSGD
 from assay.optim.lr_scheduler import FGECyclicLR, HoldDecayLR
 from assay.optim.projected_adam import Box
 
 __all__ = [
+    "DGCSGD",
     "AMSGrad",
     "AdamNC",
     "Box",

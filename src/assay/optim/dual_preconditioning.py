@@ -283,7 +283,7 @@ class DualPreconditionedGD(Optimizer):
         self,
         params: Iterable[Any],
         lr: float = 1.0,
-        preconditioner: object = "power",
+        preconditioner: Any = "power",
         *,
         line_search: str | None = None,
         per: str = "global",
@@ -336,7 +336,7 @@ class DualPreconditionedGD(Optimizer):
         """
         if self.line_search is not None and closure is None:
             raise ValueError("line_search='backtracking' needs a closure: step(closure)")
-        loss = None if closure is None else _evaluate(closure)
+        loss: Any = None if closure is None else _evaluate(closure)
         params = [(p, g["lr"]) for g in self.param_groups for p in g["params"] if _has_grad(p)]
         if not params:
             return loss

@@ -317,9 +317,13 @@ class LearnedPreconditioner(nn.Module):
         if self.skip:
             self._fit_skip(z, labels, w)
         loss = self._train(z, labels, w, epochs, batch_size, optimizer, generator)
-        norms = y.norm(dim=1)
+        smallest, largest = y.norm(dim=1).aminmax()
         return FitReport(
-            loss, effective_sample_size(log_weights), exponent, (*map(float, norms.aminmax()),), n
+            loss=loss,
+            ess=effective_sample_size(log_weights),
+            exponent=exponent,
+            coverage=(float(smallest), float(largest)),
+            samples=n,
         )
 
     def _sample(
