@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 .PHONY: demo test lint bench docs gallery clean
 
 demo: $(VENV)/.core ## install, run the main job on embedded real images, say where the report is
-	$(BIN)/assay run natural-compression --set data=mnist5k --no-resume --output runs/demo
+	$(BIN)/assay run natural-compression --set data=mnist5k --seeds 3 --no-resume --output runs/demo
 
 test: $(VENV)/.test ## the whole test suite, what CI runs
 	$(BIN)/python -m pytest -n auto --dist worksteal

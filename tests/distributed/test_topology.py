@@ -200,9 +200,9 @@ def test_what_is_no_mixing_matrix():
         MixingMatrix([1, 0, 0])
     with pytest.raises(ValueError, match="finite"):
         MixingMatrix([[math.nan]])
-    with pytest.raises(ValueError, match="rows that sum to 1, but row 0 sums to 1.5"):
+    with pytest.raises(ValueError, match=r"rows that sum to 1, but row 0 sums to 1\.5"):
         MixingMatrix([[1, 0.5], [0, 1]])
-    with pytest.raises(ValueError, match="columns that sum to 1, but column 0 sums to 1.5"):
+    with pytest.raises(ValueError, match=r"columns that sum to 1, but column 0 sums to 1\.5"):
         MixingMatrix([[1, 0], [0.5, 0.5]])
     with pytest.raises(ValueError, match="it has 2 parts"):
         MixingMatrix(torch.eye(2))
