@@ -97,6 +97,7 @@ class Unusual(nn.Module):
         h = torch.where(h > 0, h, self.shift * h)
         extra = torch.zeros_like(h)
         extra[:, 1:] = self.assigned[1:] * h[:, :1]
+        extra[:, 0] = self.assigned[0]
         return F.linear(h + extra, self.weight * torch.sigmoid(self.mask))
 
 

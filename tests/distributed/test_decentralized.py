@@ -29,6 +29,7 @@ from assay.distributed import (
     RandomK,
     SimulatedAgents,
     SimulatedGossip,
+    StochasticIntegerRounding,
     TopK,
     Topology,
     TopologySchedule,
@@ -55,8 +56,8 @@ def loss(a, x):
 
 def gradients(a):
     def stacked(x, step):
-        each = torch.func.vmap(torch.func.grad(lambda p, rows: loss(rows, p)))
-        return each(x, a)
+        pull = torch.sigmoid(a @ x[..., None]) / SAMPLES
+        return (a.mT @ pull)[..., 0] + 0.1 * x / (1 + x**2) ** 2
 
     return stacked
 
@@ -313,7 +314,7 @@ def test_ten_thousand_accelerated_rounds_do_not_overflow():
 def test_compressed_gossip_keeps_the_mean_and_reaches_it():
     ring, x = Topology.ring(8), start(8, 50)
     plain = SimulatedGossip(ring)
-    for compressor, gamma in ((TopK(0.1), 0.1), (RandomK(0.5), 0.1), (NaturalCompressor(), 0.9)):
+    for compressor, gamma in ((TopK(0.1), 0.1), (RandomK(0.5), 0.2), (NaturalCompressor(), 0.9)):
         gossip = SimulatedGossip(
             ring,
             compressor=compressor,
@@ -351,7 +352,7 @@ def test_conditions_on_the_weights():
     ring = Topology.ring(4)  # weights 1/3: λ_min is −1/3 exactly
     with pytest.raises(ValueError, match=r"D2 needs weights with λ_min > -1/3, got -0\.333333"):
         agents("d2", ring)
-    agents("d2", Topology.ring(5))  # odd: above
+    SimulatedAgents("d2", gradients(problem(5)), start(5), Topology.ring(5), 0.1)  # odd: above
     with pytest.raises(ValueError, match="connected"):
         agents("d2", Topology([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]))
     flip = MixingMatrix([[0, 1], [1, 0]])
@@ -405,6 +406,8 @@ def test_bad_arguments_are_named():
         agents("gt", compressor=0.5)
     with pytest.raises(ValueError, match="compressor must keep no memory"):
         agents("gt", compressor=ErrorFeedback(TopK(0.5)))
+    with pytest.raises(ValueError, match="compressor must have a bounded variance"):
+        agents("gt", compressor=StochasticIntegerRounding()).step()
     with pytest.raises(ValueError, match="gamma must be positive and goes with a compressor"):
         agents("gt", gamma=0.5)
     for make in (LocalSGD, DGET):
@@ -531,8 +534,7 @@ def test_processes_do_what_the_simulation_does():
         assert mine["rounds"] == simulated.gossip.rounds_done
         if not tracking:  # `mean` above is traffic too
             sent = sum(result[name]["bytes"] for result in results)
-            diagnostics = 4 * 2 * (N - 1) * 8 * (2 * D + 1 + 0) // N
-            assert abs(sent - simulated.gossip.bytes_sent - diagnostics) <= 4 * 8 * (D + 3), name
+            assert sent == simulated.gossip.bytes_sent, name
         assert mine["consensus"] == pytest.approx(simulated.consensus_error(), rel=1e-12)
         assert mine["stationarity"] == pytest.approx(stationarity(simulated, problem()), rel=1e-9)
         assert all(result[name]["unmoved"] for result in results)
@@ -739,14 +741,14 @@ def test_a_lost_rank_is_a_clear_error_for_all_others(how):
             process.start()
             pipes.append(ours)
             processes.append(process)
-        assert pipes[2].poll(60)
+        assert pipes[2].poll(120)
         for rank, pipe in enumerate(pipes[:2]):
-            assert pipe.poll(30)
+            assert pipe.poll(60)
             message, seconds = pipe.recv()
             assert f"rank {rank} lost rank {rank + 1} in gossip round 6" in message
             assert "Restart all ranks from their last checkpoint" in message
             # A silent rank is waited for, and its neighbour's neighbour no longer than that.
-            assert seconds < 15
+            assert seconds < 30
     finally:
         for process in processes:
             process.kill()

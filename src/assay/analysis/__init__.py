@@ -54,6 +54,20 @@ from assay.analysis.regret import (
     StepSizeReport,
     amsgrad_regret_bound,
 )
+from assay.analysis.rnn_generalization import (
+    BoundReport,
+    InputNoise,
+    MatrixNorms,
+    ReLURNN,
+    fisher_rao_bound,
+    fisher_rao_norm,
+    linearized_output,
+    log_lambda,
+    matrix_norms,
+    rnn_bound,
+    scaling_derivative,
+    smallest_moment,
+)
 
 __all__ = [
     "RegretTracker",
@@ -102,4 +116,16 @@ __all__ = [
     "compression_bound",
     "update_certificate",
     "UpdateCertificate",
+    "ReLURNN",
+    "InputNoise",
+    "matrix_norms",
+    "MatrixNorms",
+    "scaling_derivative",
+    "linearized_output",
+    "fisher_rao_norm",
+    "fisher_rao_bound",
+    "smallest_moment",
+    "log_lambda",
+    "rnn_bound",
+    "BoundReport",
 ]

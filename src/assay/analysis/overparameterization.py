@@ -497,7 +497,7 @@ def update_bound(
             is infinite (the samples are not separable).
 
     Example:
-        >>> update_bound(3.0, lr=2.0, k=100, alpha=0.5, radius=0.0)
+        >>> round(update_bound(3.0, lr=2.0, k=100, alpha=0.5, radius=0.0), 6)
         72.0
 
     Reference:

@@ -232,9 +232,8 @@ class Capture(TorchFunctionMode):
                 )  # fmt: skip
                 self.record.uses.append(use)
                 return True
-            mark = Weight(out, tuple(sorted(roots)), False)
             for tensor in tensors:
-                tensor.__dict__[_MARK] = Weight(tensor, mark.roots, False)
+                tensor.__dict__[_MARK] = Weight(tensor, tuple(sorted(roots)), False)
             return False
         if not isinstance(out, Tensor):
             self._make_opaque(roots, f"{_name(func)} returns several tensors")

@@ -38,6 +38,7 @@ class Settings:
     max_features: int
     batch_dim: int
     out: Mapping[str, Mapping[str, Any]]
+    piece: bool = False
 
     def only(self, quantities: frozenset[str]) -> "Settings":
         """With other quantities."""
@@ -239,9 +240,9 @@ def compute_chunked(
         return _only(result, settings.quantities)
     if "kfra" in settings.quantities:
         raise ValueError("kfra averages over the whole batch at every layer: no chunk_size")
-    extended = settings
+    extended = replace(settings, out={}, piece=True)
     if "variance" in settings.quantities:
-        extended = replace(settings.only(settings.quantities | {"grad"}), out={})
+        extended = extended.only(settings.quantities | {"grad"})
     parts = []
     for piece in pieces(samples, chunk_size):
         some = slice_samples(inputs, piece, samples, settings.batch_dim)
@@ -273,8 +274,9 @@ def _one_pass(
                 output = call_model(model, inputs)
                 value = loss_fn(output, targets)
             objective = find_objective(
-                loss_fn, value, output, targets, capture.record, samples, settings.batch_dim
-            )
+                loss_fn, value, output, targets, capture.record, samples, settings.batch_dim,
+                piece=settings.piece,
+            )  # fmt: skip
             del output, value
             with without_autocast():
                 return evaluate(capture, objective, params, settings)

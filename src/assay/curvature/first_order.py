@@ -81,7 +81,7 @@ def _from_rules(
     part = source.single
     assert part is not None
     use, slot, samples = part.use, part.slot, plan.objective.samples
-    G: Tensor = part.gather(gradients)  # type: ignore[assignment]
+    G = part.gather(gradients)
     own: dict[str, Tensor] = {}
     rows: Tensor | None = None
     squares = bool({"second_moment", "variance"} & quantities)
@@ -128,7 +128,7 @@ def _finish(
 
 
 def _mean_square(rows: Tensor) -> Tensor:
-    flat = rows.flatten(1)
+    flat = rows.reshape(len(rows), -1)
     total = torch.zeros_like(flat[0])
     for row in flat:
         total.addcmul_(row, row)

@@ -138,7 +138,7 @@ def _add_squares(
         part = source.single
         if part is None:
             continue
-        V = part.gather(gradients).unsqueeze(0)  # type: ignore[attr-defined]
+        V = part.gather(gradients).unsqueeze(0)
         totals[name].add_(part.use.sum_squares(part.slot, V), alpha=factor)
 
 

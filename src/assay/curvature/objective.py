@@ -1,5 +1,6 @@
 """A loss as a mean or sum over samples, seen from the model's output."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class Objective:
             )
         output, target = self.call.output, self.call.target
         scale = self.likelihood.scale(output.detach(), target)
+        scale = 0.0 if scale == math.inf else scale
         return self.likelihood, output, target, self.sources[0][1], scale
 
 
@@ -69,6 +71,7 @@ def find_objective(
     batch_dim: int,
     *,
     cut: bool = True,
+    piece: bool = False,
 ) -> Objective:
     """Read the loss's structure off its value and the calls that made it.
 
@@ -81,6 +84,7 @@ def find_objective(
         samples: N.
         batch_dim: of the inputs.
         cut: whether the loss may be called on parts of output and targets to check it.
+        piece: whether this is a piece of a batch, in which every target may be ignored.
 
     Raises:
         TypeError: if the value is no tensor.
@@ -95,15 +99,19 @@ def find_objective(
         )
     if not value.requires_grad:
         raise ValueError("the loss does not depend on the selected parameters")
-    if not bool(torch.isfinite(value.detach()).all()):
-        raise ValueError("the loss is not finite: look for NaN or inf in inputs or parameters")
     call = next((c for c in record.losses if c.value is value), None)
+    likelihood = None
     if call is not None and call.loss.reduction != "none":
-        layout = _output_layout(call.output, samples, batch_dim)
         likelihood = Likelihood(call.loss)
         scale = likelihood.scale(call.output.detach(), call.target)
-        if scale in (float("inf"), float("-inf")):
-            raise ValueError("the loss averages over nothing: every target is ignored")
+        if scale == math.inf:
+            if not piece:
+                raise ValueError("the loss averages over nothing: every target is ignored")
+            value = likelihood.terms(call.output, call.target).sum()
+    if not bool(torch.isfinite(value.detach()).all()):
+        raise ValueError("the loss is not finite: look for NaN or inf in inputs or parameters")
+    if call is not None and likelihood is not None:
+        layout = _output_layout(call.output, samples, batch_dim)
         sources = ((call.output, layout),)
         return Objective(value, samples, call.loss.reduction, 1 / scale, sources, likelihood, call)
     if value.ndim == 1:
@@ -150,7 +158,8 @@ def _reduction(loss_fn, value: Tensor, output: Any, targets: Any, samples: int) 
     if halves is None:
         return "mean"
     whole, first, second, share = *halves, (samples // 2) / samples
-    room = 1e-3 * (abs(whole) + abs(first) + abs(second)) + 1e-12
+    precision = 64 * torch.finfo(value.dtype).eps
+    room = precision * (abs(whole) + abs(first) + abs(second)) + 1e-12
     if abs(share * first + (1 - share) * second - whole) <= room:
         return "mean"
     if abs(first + second - whole) <= room:

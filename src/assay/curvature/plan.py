@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Part:
         """What the argument was."""
         return self.use.slots[self.slot]
 
-    def gather(self, gradients: list[Tensor]) -> object:
+    def gather(self, gradients: list[Tensor]) -> Any:
         """What the use's methods take, from the gradients at all recorded outputs."""
         if isinstance(self.use, MergedUse):
             return [gradients[i] for i in self.where]
@@ -226,17 +227,17 @@ class Plan:
                 use = part.use
                 fine = use.intact
                 if fine and isinstance(use, CallUse):
-                    fine = use.agrees(part.slot, part.gather(gradients))  # type: ignore[arg-type]
+                    fine = use.agrees(part.slot, part.gather(gradients))
                 if not fine:
                     source.opaque = "no rule holds for one of its uses"
             if source.opaque is not None:
                 source.parts = []
 
 
-def _lead(gradients: object) -> object:
+def _lead(gradients: Any) -> Any:
     if isinstance(gradients, list):
         return [g.unsqueeze(0) for g in gradients]
-    return gradients.unsqueeze(0)  # type: ignore[attr-defined]
+    return gradients.unsqueeze(0)
 
 
 def _pull_back(weight: Weight, rows: Tensor, source: Source) -> Tensor:

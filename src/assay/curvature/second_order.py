@@ -285,7 +285,7 @@ class _Block:
             self.add_rows(use.columns(slot, lead)[0])
 
     def add_rows(self, rows: Tensor) -> None:
-        rows = rows.flatten(1)
+        rows = rows.reshape(len(rows), -1)
         if not self.dense:
             self._add_diagonal(rows.square().sum(0))
             return

@@ -17,6 +17,10 @@ SCRATCH = 1 << 22
 """Entries of the temporary tensors that are reduced at once; 16 MB of float32."""
 
 
+Gradients = Any
+"""A tensor; for a use that was merged from several a list, one tensor for each."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """A selected parameter, or a tensor computed from such alone (a transpose, a masked copy).
@@ -67,21 +71,21 @@ class Use:
         """Whether the weight is the matrix of a linear map, possibly repeated over positions."""
         return False
 
-    def columns(self, slot: str, V: Tensor) -> Tensor:
+    def columns(self, slot: str, V: Gradients) -> Tensor:
         """Jᵀv of each column and sample, `(K, N, *w.shape)`."""
         raise NotImplementedError
 
-    def per_sample(self, slot: str, G: Tensor, out: Tensor | None = None) -> Tensor:
+    def per_sample(self, slot: str, G: Gradients, out: Tensor | None = None) -> Tensor:
         """The gradient of each sample, `(N, *w.shape)`."""
         result = self.columns(slot, G.unsqueeze(0))[0]
         return result if out is None else out.copy_(result)
 
-    def total(self, slot: str, G: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    def total(self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """The sum of the samples' gradients, times `scale`."""
         return self.per_sample(slot, G).sum(0).mul_(scale)
 
     def sum_squares(
-        self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
+        self, slot: str, V: Gradients, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
         """The squares of `columns`, summed over columns and samples, times `scale`."""
         total = torch.zeros_like(self.slots[slot].tensor, requires_grad=False)
@@ -93,14 +97,14 @@ class Use:
         """Whether all samples' gradients at once are small enough to be kept for a while."""
         return self.layout.samples * self.slots[slot].tensor.numel() <= SCRATCH
 
-    def norms(self, slot: str, G: Tensor) -> Tensor:
+    def norms(self, slot: str, G: Gradients) -> Tensor:
         """‖gradient‖² of each sample, `(N,)`."""
         return square_norms(self.per_sample(slot, G))
 
 
 def square_norms(rows: Tensor) -> Tensor:
     """‖·‖² of each entry of the first dimension."""
-    rows = rows.flatten(1)
+    rows = rows.reshape(len(rows), -1)
     return torch.linalg.vector_norm(rows, dim=1).square_()
 
 
@@ -153,23 +157,23 @@ class MatrixUse(Use):
     def _compute_activations(self) -> Tensor:
         raise NotImplementedError
 
-    def gradients(self, V: Tensor, lead: int) -> Tensor:
+    def gradients(self, V: Gradients, lead: int) -> Tensor:
         """What the activations are paired with."""
         raise NotImplementedError
 
-    def bias_gradients(self, V: Tensor, lead: int) -> Tensor:
+    def bias_gradients(self, V: Gradients, lead: int) -> Tensor:
         """`(*lead, N, features)`: summed over positions."""
         gradients = self.gradients(V, lead)
         if gradients.shape[-1] == 1:
             return gradients.squeeze(-1).flatten(lead + 1)
         return gradients.sum(-1).flatten(lead + 1)
 
-    def _pair(self, V: Tensor, lead: int) -> tuple[Tensor, Tensor]:
+    def _pair(self, V: Gradients, lead: int) -> tuple[Tensor, Tensor]:
         """Left and right factor of Σ_t left_t right_tᵀ; one of them has the leading dimensions."""
         a, g = self.activations(), self.gradients(V, lead)
         return (g, a) if self.grads_left else (a, g)
 
-    def columns(self, slot: str, V: Tensor) -> Tensor:
+    def columns(self, slot: str, V: Gradients) -> Tensor:
         """See `Use`."""
         if slot == "bias":
             return self.bias_gradients(V, 1)
@@ -177,7 +181,7 @@ class MatrixUse(Use):
         product = torch.matmul(left, right.mT)
         return product.reshape(*product.shape[:2], *self.slots[slot].tensor.shape)
 
-    def per_sample(self, slot: str, G: Tensor, out: Tensor | None = None) -> Tensor:
+    def per_sample(self, slot: str, G: Gradients, out: Tensor | None = None) -> Tensor:
         """See `Use`."""
         if slot == "bias":
             rows = self.bias_gradients(G, 0)
@@ -192,7 +196,7 @@ class MatrixUse(Use):
         torch.bmm(left, right.mT, out=target)
         return out
 
-    def total(self, slot: str, G: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    def total(self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """See `Use`."""
         if slot == "bias":
             return self.bias_gradients(G, 0).sum(0).mul_(scale)
@@ -200,7 +204,7 @@ class MatrixUse(Use):
         return summed_products(left, right, scale, out).view(self.slots[slot].tensor.shape)
 
     def sum_squares(
-        self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
+        self, slot: str, V: Gradients, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
         """See `Use`."""
         shape = self.slots[slot].tensor.shape
@@ -242,7 +246,7 @@ class MatrixUse(Use):
                     total += flat.square_().sum(0)
         return total
 
-    def norms(self, slot: str, G: Tensor) -> Tensor:
+    def norms(self, slot: str, G: Gradients) -> Tensor:
         """See `Use`."""
         if slot == "bias":
             return self.bias_gradients(G, 0).square().sum(1)
@@ -280,7 +284,7 @@ class LinearUse(MatrixUse):
     def _compute_activations(self) -> Tensor:
         return self._rows(self.input.to(self.dtype), 0).mT.unsqueeze(1)
 
-    def gradients(self, V: Tensor, lead: int) -> Tensor:
+    def gradients(self, V: Gradients, lead: int) -> Tensor:
         """See `MatrixUse`."""
         return self._rows(V, lead).mT.unsqueeze(lead + 1)
 
@@ -341,11 +345,11 @@ class ConvUse(MatrixUse):
     def _compute_activations(self) -> Tensor:
         return self._arrange(self.input.to(self.dtype), 0, unfold=not self.transposed)
 
-    def gradients(self, V: Tensor, lead: int) -> Tensor:
+    def gradients(self, V: Gradients, lead: int) -> Tensor:
         """See `MatrixUse`."""
         return self._arrange(V, lead, unfold=self.transposed)
 
-    def bias_gradients(self, V: Tensor, lead: int) -> Tensor:
+    def bias_gradients(self, V: Gradients, lead: int) -> Tensor:
         """See `MatrixUse`."""
         if not self.transposed:
             return MatrixUse.bias_gradients(self, V, lead)
@@ -518,7 +522,7 @@ class ElementUse(Use):
         """See `Use`."""
         return all(self._aligned(slot)[layout.axis] == 1 for slot in self.slots)
 
-    def columns(self, slot: str, V: Tensor) -> Tensor:
+    def columns(self, slot: str, V: Gradients) -> Tensor:
         """See `Use`."""
         factor = self._factor(slot)
         if isinstance(factor, Tensor) or factor != 1:
@@ -534,7 +538,7 @@ class ElementUse(Use):
         return columns.reshape(*columns.shape[:2], *shape)
 
     def sum_squares(
-        self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
+        self, slot: str, V: Gradients, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
         """See `Use`."""
         return self.columns(slot, V).square().sum((0, 1)).mul_(scale)
@@ -554,7 +558,7 @@ class EmbeddingUse(Use):
         """See `Use`."""
         return True
 
-    def rows(self, V: Tensor, lead: int) -> Tensor:
+    def rows(self, V: Gradients, lead: int) -> Tensor:
         """`(*lead, N, T, d)`, zero where the index is that of the padding."""
         if self.padding_idx is not None:
             V = V * (self.indices != self.padding_idx).unsqueeze(-1)
@@ -565,7 +569,7 @@ class EmbeddingUse(Use):
         """The indices, `(N, T)`."""
         return self.layout.split(self.indices).reshape(self.layout.samples, -1)
 
-    def columns(self, slot: str, V: Tensor) -> Tensor:
+    def columns(self, slot: str, V: Gradients) -> Tensor:
         """See `Use`."""
         rows, tokens = self.rows(V, 1), self.tokens()
         vocabulary, width = self.slots[slot].tensor.shape
@@ -573,14 +577,14 @@ class EmbeddingUse(Use):
         where = tokens[None, :, :, None].expand_as(rows)
         return out.scatter_add_(2, where, rows)
 
-    def total(self, slot: str, G: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    def total(self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """See `Use`."""
         vocabulary, width = self.slots[slot].tensor.shape
         rows = self.rows(G, 0).reshape(-1, width)
         total = rows.new_zeros(vocabulary, width)
         return total.index_add_(0, self.tokens().flatten(), rows, alpha=scale)
 
-    def _distinct(self, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _distinct(self, V: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         """Of each sample the distinct tokens: sample, token, and the summed rows `(K, M, d)`."""
         tokens = self.tokens()
         vocabulary = len(self.slots["weight"].tensor)
@@ -592,14 +596,14 @@ class EmbeddingUse(Use):
         return pairs // vocabulary, pairs % vocabulary, summed
 
     def sum_squares(
-        self, slot: str, V: Tensor, scale: float = 1.0, out: Tensor | None = None
+        self, slot: str, V: Gradients, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
         """See `Use`."""
         _, token, summed = self._distinct(V)
         out = torch.zeros_like(self.slots[slot].tensor, requires_grad=False)
         return out.index_add_(0, token, summed.square_().sum(0), alpha=scale)
 
-    def norms(self, slot: str, G: Tensor) -> Tensor:
+    def norms(self, slot: str, G: Gradients) -> Tensor:
         """See `Use`."""
         sample, _, summed = self._distinct(G.unsqueeze(0))
         out = summed.new_zeros(self.layout.samples)
@@ -626,7 +630,7 @@ class CallUse(Use):
         """See `Use`."""
         return layout.axis == 0 and layout.fold == 1
 
-    def columns(self, slot: str, V: Tensor) -> Tensor:
+    def columns(self, slot: str, V: Gradients) -> Tensor:
         """See `Use`."""
         place = self.places[slot]
 
@@ -646,7 +650,7 @@ class CallUse(Use):
         lanes = torch.func.vmap(one, in_dims=(1,) + (0,) * len(rows), out_dims=1)
         return lanes(V, *rows)
 
-    def agrees(self, slot: str, G: Tensor) -> bool:
+    def agrees(self, slot: str, G: Gradients) -> bool:
         """Whether the samples' gradients add up to that of the whole call.
 
         They do not if the function mixes samples, or a first axis of length N counts other things.

@@ -22,14 +22,14 @@ _CHUNK_ELEMENTS = 4_000_000
 
 
 def _matrix(A: Any, name: str = "A") -> Tensor:
-    matrix = torch.as_tensor(A).double()
+    matrix = torch.as_tensor(A, dtype=torch.float64)
     if matrix.ndim != 2 or matrix.numel() == 0 or not bool(matrix.isfinite().all()):
         raise ValueError(f"{name} must be a non-empty finite matrix, got {tuple(matrix.shape)}")
     return matrix
 
 
 def _rows_like(A: Tensor, b: Any, name: str) -> Tensor:
-    vector = torch.as_tensor(b).double()
+    vector = torch.as_tensor(b, dtype=torch.float64)
     if vector.shape != A.shape[:1] or not bool(vector.isfinite().all()):
         raise ValueError(
             f"{name} must be a finite vector with one entry a row of A, ({len(A)},), "

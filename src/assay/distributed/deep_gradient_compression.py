@@ -34,7 +34,6 @@ from assay.distributed.payload import Payload
 from assay.distributed.selection import SampledTopK
 from assay.distributed.sparsifiers import Sparsifier
 from assay.kernels.threshold import compensate_
-from assay.optim.dgc_sgd import DGCSGD
 
 Sent = tuple[Compressor, Payload, Tensor]  # of one parameter, with where the average goes
 
@@ -161,6 +160,17 @@ def sparse_entries(compressor: Compressor, payload: Payload) -> tuple[Tensor, Te
         inside = Payload(tuple(kept), (len(indices),), payload.dtype)
         return indices, compressor.outer.decompress(inside)
     return None
+
+
+def add_message(message: Payload, sent: Sequence[Sent], factor: float) -> None:
+    """Add what a rank sent to the vectors of `sent`, times a factor, without making it dense."""
+    for (compressor, _, output), tensors in zip(sent, unpack(message.tensors), strict=True):
+        payload = Payload(tensors, tuple(output.shape), output.dtype)
+        entries = sparse_entries(compressor, payload)
+        if entries is None:
+            output.add_(compressor.decompress(payload), alpha=factor)
+        else:
+            output.index_add_(0, *entries, alpha=factor)
 
 
 def is_finite(x: Tensor) -> bool:
@@ -383,6 +393,7 @@ class DGCState:
         UserWarning: At the first step of an optimiser that has momentum of its own.
 
     Example:
+        >>> from assay.optim import DGCSGD
         >>> model = nn.Linear(40, 30)
         >>> state = DGCState(model, density=0.01, warmup=None)
         >>> optimizer = DGCSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -417,7 +428,7 @@ class DGCState:
     ) -> None:
         self.parameters = _named(parameters)
         alone = not (dist.is_available() and dist.is_initialized())
-        self.group = None if alone else process_group or dist.group.WORLD
+        self.group: dist.ProcessGroup | None = None if alone else process_group or dist.group.WORLD
         self.rank = 0 if alone else dist.get_rank(self.group)
         self.world_size = 1 if alone else dist.get_world_size(self.group)
         self.density, self.warmup, self.loss_scale = density, warmup, loss_scale
@@ -476,6 +487,9 @@ class DGCState:
     @torch.no_grad()
     def _average(self, gradients: Sequence[Any]) -> None:
         """Replace gradients, one a parameter, by the average of what all ranks sent."""
+        for name, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient.layout != torch.strided:
+                raise ValueError(f"gradients must be dense, got that of {name}: {gradient.layout}")
         self.step += 1
         if not self._all_finite(gradients):
             self.skipped += 1
@@ -525,7 +539,7 @@ class DGCState:
         if not sent:
             return
         own = Payload(pack([payload for _, payload, _ in sent]), (), sent[0][1].dtype)
-        if self.world_size == 1:
+        if self.group is None:
             messages = [own]
         else:
             copies = [own.to_bytes()] * self.world_size
@@ -533,14 +547,7 @@ class DGCState:
             self.bytes_sent += bytes_sent
             messages = [Payload.from_bytes(message, (), own.dtype) for message in received]
         for message in messages:
-            blocks = unpack(message.tensors)
-            for (compressor, _, output), tensors in zip(sent, blocks, strict=True):
-                payload = Payload(tensors, tuple(output.shape), output.dtype)
-                entries = sparse_entries(compressor, payload)
-                if entries is None:
-                    output.add_(compressor.decompress(payload), alpha=factor)
-                else:
-                    output.index_add_(0, *entries, alpha=factor)
+            add_message(message, sent, factor)
 
     def state_dict(self) -> dict:
         """Counters, random state and, by name of parameter, the memory of this rank."""
@@ -639,7 +646,9 @@ def dgc_hook(state: DGCState, bucket: dist.GradBucket) -> Future[Tensor]:
             raise ValueError("state must hold all parameters of the model that DDP wraps")
         state._arrived[place] = gradient
     buffer = bucket.buffer()
-    devices = [] if buffer.device.type == "cpu" else [buffer.device]
+    devices: list[int | str | torch.device] = []
+    if buffer.device.type != "cpu":
+        devices.append(buffer.device)
     future: Future[Tensor] = Future(devices=devices)
     state._waiting.append((future, buffer))
     if bucket.is_last():
@@ -691,7 +700,7 @@ def _warn_of_momentum(state: DGCState) -> None:
             return
         seen.append(optimizer)
         doubled = any(group.get("momentum", 0) for group in groups)
-        if doubled and not isinstance(optimizer, DGCSGD):
+        if doubled and not getattr(optimizer, "momentum_of_decay_only", False):
             warnings.warn(
                 f"{type(optimizer).__name__} has momentum, and so has DGCState: it is applied "
                 "twice. Give the optimiser momentum=0, or use DGCSGD",

@@ -144,7 +144,7 @@ class _Mixer:
         self.rounds_done += 1
         if self.compressor is None:
             return self._apply(phase, x)
-        # x̂ ← x̂ + C(x − x̂), and x ← x + γ (W x̂ − x̂).
+        # x̂ ← x̂ + C(x − x̂) / (1 + ω), and x ← x + γ (W x̂ − x̂).
         if self.known is None or self.known_mixed is None:
             self.known, self.known_mixed = torch.zeros_like(x), torch.zeros_like(x)
         elif self.known.shape != x.shape:
@@ -153,9 +153,22 @@ class _Mixer:
                 f"got {tuple(x.shape)}"
             )
         sent, mixed = self._apply_compressed(x - self.known)
-        self.known += sent
-        self.known_mixed += mixed
+        scale = self._contractive_scale(x.shape[-1])
+        self.known += scale * sent
+        self.known_mixed += scale * mixed
         return x + self.gamma * (self.known_mixed - self.known)
+
+    def _contractive_scale(self, d: int) -> float:
+        """1/(1 + ω) makes a contraction of an unbiased compressor; x̂ would not converge without."""
+        assert isinstance(self.compressor, Compressor)
+        if not self.compressor.unbiased:
+            return 1.0
+        omega = self.compressor.omega(d)
+        if omega == float("inf"):
+            raise ValueError(
+                f"compressor must have a bounded variance, got {self.compressor!r} with ω = ∞"
+            )
+        return 1 / (1 + omega)
 
     def _apply(self, phase: int, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -202,7 +215,8 @@ class SimulatedGossip(_Mixer):
         topology: `Topology` (Metropolis weights), `MixingMatrix` or `TopologySchedule`.
         rounds: Rounds of communication K in one `mix`.
         accelerated: Mix by the Chebyshev polynomial T_K rather than by W^K.
-        compressor: Compress what is sent (CHOCO gossip): agents send C(x − x̂), all keep x̂.
+        compressor: Compress what is sent (CHOCO gossip): agents send C(x − x̂), all keep x̂. An
+            unbiased compressor is scaled by 1/(1 + ω), which makes it contract.
         gamma: Step γ of compressed gossip, 1 for none. Strong compression needs less.
         generator: Where the compressors' randomness starts (default: torch's initial seed).
 
@@ -380,7 +394,6 @@ class Gossip(_Mixer):
     def _open(self) -> dist.ProcessGroup:
         group = dist.new_group(
             self._ranks,
-            timeout=None if self.timeout is None else timedelta(seconds=self.timeout),
             backend=self._backend,
             use_local_synchronization=True,
         )
@@ -438,8 +451,9 @@ class Gossip(_Mixer):
     def mean(self, x: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         """Mean over all ranks by an all-reduce."""
         self._prepare(x)
-        total = x.detach().clone()
-        self._guard(lambda: dist.all_reduce(total, group=self.group), "another rank")
+        total, others = x.detach().clone(), "another rank"
+        work = self._guard(lambda: dist.all_reduce(total, group=self.group, async_op=True), others)
+        self._guard(lambda: self._wait(work), others)
         self.bytes_sent += _all_reduce_bytes(x.nbytes, self.size)
         return total.div_(self.size)
 
@@ -519,8 +533,14 @@ class Gossip(_Mixer):
         if len(works) != len(names):  # NCCL's coalesced messages (not run on GPU here)
             names = [whole] * len(works)
         for work, name in zip(works, names, strict=True):
-            self._guard(work.wait, name)
+            self._guard(lambda work=work: self._wait(work), name)
         self.bytes_sent += message.nbytes * len(self._targets[phase])
+
+    def _wait(self, work: dist.Work) -> None:
+        if self.timeout is None:
+            work.wait()
+        else:
+            work.wait(timedelta(seconds=self.timeout))
 
     def _guard(self, call: Callable[[], Any], peer: str) -> Any:
         try:

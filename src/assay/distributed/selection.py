@@ -13,6 +13,7 @@ from assay.kernels.threshold import select_at_least
 __all__ = ["SampledTopK", "Threshold", "Cast"]
 
 _SAMPLES = 64  # entries of a sample above its threshold: the count is then within 1/8 as a rule
+_SHORTEST = 1024  # ranking so few takes less time than anything else here
 _FEWEST, _MOST = 0.8, 1.3  # of the k asked for
 _RETRIES = 10
 
@@ -60,8 +61,8 @@ class SampledTopK(Sparsifier):
         """Indices of about k largest magnitudes."""
         d = x.numel()
         k = self.count(d)
-        samples = math.ceil(max(self.sample_ratio * d, _SAMPLES / self.density))
-        if 4 * samples >= d:
+        samples = math.ceil(max(self.sample_ratio * d, _SAMPLES / self.density, _SHORTEST))
+        if 4 * samples >= d or k == d:
             return _largest(x, k)
         threshold = self._sampled_threshold(x, samples, generator)
         smallest = float(torch.finfo(x.dtype).smallest_normal)
@@ -78,13 +79,17 @@ class SampledTopK(Sparsifier):
         return found
 
     def _sampled_threshold(self, x: Tensor, samples: int, generator: Generator | None) -> float:
-        # A stride of 1 modulo 32 visits every row and column of a matrix, whatever its shape.
-        stride = max(1, (x.numel() // samples - 1) // 32 * 32 + 1)
+        # A stride that shares no factor with the usual widths of a matrix visits all its columns.
+        stride, period = x.numel() // samples, 32
+        while period > stride:
+            period //= 2
+        stride = (stride - 1) // period * period + 1
         device = generator.device if generator is not None else "cpu"
         start = int(torch.randint(stride, (), generator=generator, device=device))
         sample = x[start::stride].abs()
         rank = max(1, round(self.density * len(sample)))
-        return float(sample.topk(rank, sorted=False).values.min())
+        top = sample.topk(rank, sorted=False).values
+        return float(top.nan_to_num(nan=math.inf, posinf=math.inf).min())
 
     def omega(self, d: int) -> float:
         """Infinity, unless everything is sent: it is biased."""

@@ -283,7 +283,7 @@ class MixingMatrix:
     """
 
     def __init__(self, matrix: object, *, connected: bool = True) -> None:
-        W = torch.as_tensor(matrix).detach().to("cpu", torch.float64)
+        W = torch.as_tensor(matrix, dtype=torch.float64).detach().cpu()
         if W.ndim != 2 or W.shape[0] != W.shape[1] or not len(W):
             raise ValueError(f"matrix must be square, got shape {tuple(W.shape)}")
         if not bool(W.isfinite().all()):

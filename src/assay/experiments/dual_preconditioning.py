@@ -306,13 +306,13 @@ class Config:
 
 PRESETS = {
     "smoke": Config(
-        samples=200,
-        epochs=5,
-        dim=10,
-        rows=200,
-        widths=(5.0, 25.0),
-        iterations=200,
-        p_norm_iterations=200,
+        samples=100,
+        epochs=3,
+        dim=8,
+        rows=100,
+        widths=(25.0,),
+        iterations=60,
+        p_norm_iterations=40,
         ablations=False,
     ),
     "small": Config(),
@@ -733,7 +733,7 @@ def compare_optimizers(
             make,
             best=best,
             tolerances=TOLERANCES,
-            steps=200 if name == "learned, unit steps" else config.iterations,
+            steps=min(200, config.iterations) if "unit" in name else config.iterations,
             least=50,
         )
         result["at"] = {step: gap_at(result, step) for step in (20, 50)}

@@ -129,12 +129,20 @@ CLAIMS = (
     ),
     Claim(
         "converges",
-        "SGD reaches zero training loss in every run",
+        "SGD reaches zero training loss at every width",
         paper="a global minimum",
         expect=at_most(300),
         over_seeds="every",
-        unit="epochs of the slowest width and α",
-        how=_DIGITS,
+        unit="epochs of the slowest width",
+        how=f"{_DIGITS}, α = 0.5",
+    ),
+    Claim(
+        "converges-steep",
+        "At α = 0.1 SGD reaches zero training loss as well",
+        paper="a global minimum",
+        over_seeds="every",
+        unit="epochs of the slowest width, the narrowest",
+        how=f"{_DIGITS}; reported",
     ),
     Claim(
         "digits-bound-vacuous",
@@ -453,17 +461,19 @@ def _widths(lab: Lab, config: Config, x: Tensor, y: Tensor) -> None:
                 lab.measure("updates-below-instance", found["updates"] / found["instance"])
                 lab.measure("instance-below-tight", found["instance"] / found["tight"])
                 lab.measure("tight-below-published", found["tight"] / found["published"])
-                for epoch, updates in enumerate(found["history"], start=1):
-                    lab.log(f"updates alpha {alpha} k {k} seed {seed}", epoch, updates=updates)
-        for alpha, claim in zip(ALPHAS, ("width-spread", "width-spread-steep"), strict=True):
-            counts = [runs[alpha, k, seed]["updates"] for k in config.widths]
-            lab.measure(claim, (max(counts) - min(counts)) / np.mean(counts), seed=seed)
+                if seed == lab.seeds[0]:
+                    for epoch, updates in enumerate(found["history"], start=1):
+                        lab.log(f"updates alpha {alpha} k {k}", epoch, updates=updates)
+        for alpha, suffix in zip(ALPHAS, ("", "-steep"), strict=True):
+            mine = [runs[alpha, k, seed] for k in config.widths]
+            counts = [found["updates"] for found in mine]
+            spread = (max(counts) - min(counts)) / np.mean(counts)
+            lab.measure(f"width-spread{suffix}", spread, seed=seed)
+            slowest = max(f["epochs"] if f["converged"] else math.inf for f in mine)
+            lab.measure(f"converges{suffix}", slowest, seed=seed)
         accuracies = [runs[ALPHAS[0], k, seed]["accuracy"] for k in config.widths]
         lab.measure("width-accuracy", accuracies[-1] - accuracies[0], seed=seed)
-        mine = [found for key, found in runs.items() if key[2] == seed]
-        slowest = max(f["epochs"] if f["converged"] else math.inf for f in mine)
-        lab.measure("converges", slowest, seed=seed)
-        fewest = min(f["updates"] for f in mine)
+        fewest = min(found["updates"] for key, found in runs.items() if key[2] == seed)
         lab.measure(
             "digits-bound-vacuous", compression_bound(config.train, fewest, DELTA), seed=seed
         )

@@ -66,11 +66,15 @@ class Likelihood:
         return _summed(_unreduced(self.loss)(output, target))
 
     def scale(self, output: Tensor, target: Tensor) -> float:
-        """The factor by which the reduction multiplies the sum of all terms."""
+        """The factor by which the reduction multiplies the sum of all terms.
+
+        Infinite for a mean over no terms: every target ignored.
+        """
         if self.loss.reduction == "sum":
             return 1.0
         if isinstance(self.loss, nn.CrossEntropyLoss):
-            return 1.0 / self._weights(output, target).sum().item()
+            weight = self._weights(output, target).sum().item()
+            return 1.0 / weight if weight else math.inf
         return 1.0 / max(1, output.numel())
 
     def factor(self, output: Tensor, target: Tensor) -> Float[Tensor, "columns n *rest"]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -46,6 +47,8 @@ class DGCSGD(Optimizer):
         https://arxiv.org/abs/1712.01887.
     """
 
+    momentum_of_decay_only = True  # what `DGCState` asks before it warns of momentum
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -78,10 +81,10 @@ class DGCSGD(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
         return loss
 
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
         if weight_decay:
             decay, state = weight_decay * parameter, self.state[parameter]
@@ -91,4 +94,4 @@ class DGCSGD(Optimizer):
             parameter.sub_(
                 decay.add_(buffer, alpha=momentum) if group["nesterov"] else buffer, alpha=lr
             )
-        parameter.sub_(parameter.grad, alpha=lr)
+        parameter.sub_(gradient, alpha=lr)

@@ -10,7 +10,7 @@ with p = f* and γ = 1 lands on the minimiser ∇f*(0). With another convex p it
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -306,7 +306,7 @@ class DualPreconditionedGD(Optimizer):
             preconditioner = PRECONDITIONERS[preconditioner]()
         if not callable(preconditioner):
             raise TypeError(f"preconditioner must be a name or callable, got {preconditioner!r}")
-        self.preconditioner: Preconditioner = preconditioner
+        self.preconditioner = cast(Preconditioner, preconditioner)
         self.line_search = line_search
         self.per = per
         self.fallback_lr = fallback_lr
