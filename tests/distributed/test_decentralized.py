@@ -4,6 +4,7 @@ import io
 import math
 import multiprocessing
 import os
+import re
 import time
 
 import numpy as np
@@ -40,7 +41,7 @@ from assay.distributed.testing import spawn
 
 N, D, SAMPLES = 4, 6, 12
 LAZY_RING = Topology.ring(N).mixing(lazy=True)
-STEPS = 12
+STEPS = 8
 
 
 def problem(n=N, d=D):
@@ -312,9 +313,9 @@ def test_ten_thousand_accelerated_rounds_do_not_overflow():
 
 
 def test_compressed_gossip_keeps_the_mean_and_reaches_it():
-    ring, x = Topology.ring(8), start(8, 50)
+    ring, x = Topology.ring(6), start(6, 100)
     plain = SimulatedGossip(ring)
-    for compressor, gamma in ((TopK(0.1), 0.1), (RandomK(0.5), 0.2), (NaturalCompressor(), 0.9)):
+    for compressor, gamma in ((TopK(0.3), 0.5), (RandomK(0.5), 0.5), (NaturalCompressor(), 0.9)):
         gossip = SimulatedGossip(
             ring,
             compressor=compressor,
@@ -322,7 +323,7 @@ def test_compressed_gossip_keeps_the_mean_and_reaches_it():
             generator=torch.Generator().manual_seed(0),
         )
         y = x
-        for _ in range(1500):
+        for _ in range(200):
             y = gossip.mix(y)
         torch.testing.assert_close(y.mean(0), x.mean(0), rtol=0, atol=1e-12)
         assert (y - x.mean(0)).norm() < 1e-4 * (x - x.mean(0)).norm(), compressor
@@ -341,7 +342,7 @@ def test_identity_compression_is_plain_gossip():
 def test_training_with_compressed_gossip(method):
     plain = agents(method, lr=0.05)
     compressed = agents(method, lr=0.05, compressor=TopK(0.34), gamma=0.3)
-    plain.run(2000), compressed.run(2000)
+    plain.run(800), compressed.run(800)
     assert stationarity(compressed, problem()) < max(1e-20, 100 * stationarity(plain, problem()))
 
 
@@ -745,7 +746,8 @@ def test_a_lost_rank_is_a_clear_error_for_all_others(how):
         for rank, pipe in enumerate(pipes[:2]):
             assert pipe.poll(60)
             message, seconds = pipe.recv()
-            assert f"rank {rank} lost rank {rank + 1} in gossip round 6" in message
+            # What rank 1 sent in round 6 may still have reached rank 0.
+            assert re.match(f"rank {rank} lost rank {rank + 1} in gossip round [67]: it", message)
             assert "Restart all ranks from their last checkpoint" in message
             # A silent rank is waited for, and its neighbour's neighbour no longer than that.
             assert seconds < 30

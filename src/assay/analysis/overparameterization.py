@@ -196,7 +196,7 @@ def perceptron_step(
     if float(y) * float(F.leaky_relu(z, net.alpha) @ net.second_layer) >= 1:
         return False
     slope = torch.full_like(z, net.alpha).masked_fill_(z > 0, 1.0)
-    net.weight += torch.outer(lr * float(y) * net.second_layer * slope, x)
+    net.weight.add_(torch.outer(lr * float(y) * net.second_layer * slope, x))
     return True
 
 

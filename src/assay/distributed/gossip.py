@@ -7,6 +7,7 @@ that change and the count of what was sent, is shared.
 """
 
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -453,7 +454,7 @@ class Gossip(_Mixer):
         self._prepare(x)
         total, others = x.detach().clone(), "another rank"
         work = self._guard(lambda: dist.all_reduce(total, group=self.group, async_op=True), others)
-        self._guard(lambda: self._wait(work), others)
+        self._finish(work, others)
         self.bytes_sent += _all_reduce_bytes(x.nbytes, self.size)
         return total.div_(self.size)
 
@@ -472,10 +473,13 @@ class Gossip(_Mixer):
         self._prepare(x)
         x, sources, row = x.contiguous(), self._sources[phase], self._rows[phase]
         buffers = self._receive_buffers(x, len(sources))
-        self._exchange(x, buffers, phase)
-        mixed = x * row[self.rank]
-        for source, buffer in zip(sources, buffers, strict=True):
+        arrivals = self._post(x, buffers, phase)
+        mixed = x * row[self.rank]  # while messages travel
+        for source, buffer, arrived in zip(sources, buffers, arrivals, strict=False):
+            arrived()
             mixed.add_(buffer, alpha=row[source])
+        for sent in arrivals[len(sources) :]:
+            sent()
         return mixed
 
     def _apply_compressed(self, difference: Tensor) -> tuple[Tensor, Tensor]:
@@ -486,9 +490,9 @@ class Gossip(_Mixer):
         message = payload.to_bytes()
         size = torch.tensor([len(message)], device=message.device)
         sizes = [torch.empty_like(size) for _ in sources]
-        self._exchange(size, sizes, 0)
+        self._exchange(size, sizes)
         messages = [message.new_empty(int(theirs)) for theirs in sizes]
-        self._exchange(message, messages, 0)
+        self._exchange(message, messages)
         sent = self.compressor.decompress(payload)
         mixed = sent * row[self.rank]
         for source, theirs in zip(sources, messages, strict=True):
@@ -513,12 +517,17 @@ class Gossip(_Mixer):
             self._buffers.append(torch.empty_like(x))
         return self._buffers[:count]
 
-    def _exchange(self, message: Tensor, buffers: list[Tensor], phase: int) -> None:
-        """Send `message` to all targets of this phase and fill `buffers` from its sources."""
+    def _exchange(self, message: Tensor, buffers: list[Tensor]) -> None:
+        """Send `message` to all targets and fill `buffers` from all sources; one fixed W."""
+        for done in self._post(message, buffers, 0):
+            done()
+
+    def _post(self, message: Tensor, buffers: list[Tensor], phase: int) -> list[Callable[[], None]]:
+        """Start all messages of a round; calls that wait for each receive, then for each send."""
         group = self.group
         peers = [*self._sources[phase], *self._targets[phase]]
         if not peers:
-            return
+            return []
         receives = [
             dist.P2POp(dist.irecv, buffer, group=group, group_peer=source)
             for source, buffer in zip(self._sources[phase], buffers, strict=True)
@@ -530,11 +539,20 @@ class Gossip(_Mixer):
         names = [f"rank {self._ranks[peer]}" for peer in peers]
         whole = f"one of {', '.join(sorted(set(names)))}"
         works = self._guard(lambda: dist.batch_isend_irecv([*receives, *sends]), whole)
-        if len(works) != len(names):  # NCCL's coalesced messages (not run on GPU here)
-            names = [whole] * len(works)
-        for work, name in zip(works, names, strict=True):
-            self._guard(lambda work=work: self._wait(work), name)
-        self.bytes_sent += message.nbytes * len(self._targets[phase])
+        self.bytes_sent += message.nbytes * len(sends)
+        if len(works) == len(names):
+            return [
+                functools.partial(self._finish, *pair) for pair in zip(works, names, strict=True)
+            ]
+
+        def everything() -> None:  # NCCL's coalesced messages (not run on GPU here)
+            for work in works:
+                self._finish(work, whole)
+
+        return [everything, *[lambda: None] * (len(names) - 1)]
+
+    def _finish(self, work: dist.Work, peer: str) -> None:
+        self._guard(lambda: self._wait(work), peer)
 
     def _wait(self, work: dist.Work) -> None:
         if self.timeout is None:

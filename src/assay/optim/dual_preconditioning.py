@@ -384,12 +384,12 @@ class DualPreconditionedGD(Optimizer):
     def _directions(self, grads: list[Tensor]) -> list[Tensor]:
         """∇p(g) − ∇p(0) in the shapes of the gradients."""
         if self.per == "param":
-            return [self._apply(g.flatten()).view(g.shape) for g in grads]
+            return [self._apply(g.flatten()).reshape(g.shape) for g in grads]
         if self.per == "element":
-            return [self._apply(g.flatten()[:, None]).view(g.shape) for g in grads]
+            return [self._apply(g.flatten()[:, None]).reshape(g.shape) for g in grads]
         flat = self._apply(torch.cat([g.flatten() for g in grads]))
         parts = flat.split([g.numel() for g in grads])
-        return [part.view(g.shape) for part, g in zip(parts, grads, strict=True)]
+        return [part.reshape(g.shape) for part, g in zip(parts, grads, strict=True)]
 
     def _apply(self, g: Tensor) -> Tensor:
         if getattr(self.preconditioner, "vanishes_at_zero", False):
