@@ -10,7 +10,7 @@ demo: $(VENV)/.core ## install, run the main job on embedded real images, say wh
 	$(BIN)/assay run natural-compression --set data=mnist5k --seeds 3 --no-resume --output runs/demo
 
 test: $(VENV)/.test ## the whole test suite, what CI runs
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.lint ## style, import rules, types
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -157,7 +158,7 @@ def embedding_linearity(
     arrays = {name: (e.double().cpu(), label.cpu()) for name, (e, label) in sets.items()}
     e, label = arrays["train"]
     # The primal problem: the dual solver's coordinate descent stalls on unscaled embeddings.
-    machine = LinearSVC(C=C, dual=False, max_iter=10_000).fit(e.numpy(), label.numpy())
+    machine: Any = LinearSVC(C=C, dual=False, max_iter=10_000).fit(e.numpy(), label.numpy())
     w, b = torch.from_numpy(machine.coef_[0]).double(), float(machine.intercept_[0])
     norm = w.norm().item()
     if not norm > 0:

@@ -1,6 +1,7 @@
 """Watching a forward pass: every use of the selected parameters, whatever the model looks like."""
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ class Capture(TorchFunctionMode):
         """Let go of the graph and the inputs."""
         self.record.clear()
         for tensor in self._inputs.values():
-            tensor.__dict__.pop(_MARK, None)
+            vars(tensor).pop(_MARK, None)
         self._inputs = {}
 
     def forget(self) -> None:
@@ -142,7 +143,7 @@ class Capture(TorchFunctionMode):
             return weight
         if id(tensor) in self._inputs:
             return SAMPLE
-        mark = tensor.__dict__.get(_MARK)
+        mark = vars(tensor).get(_MARK)
         if mark is None and tensor.requires_grad and id(tensor) not in self._constants:
             return SAMPLE  # what no rule explains is taken to depend on the samples
         return mark
@@ -233,7 +234,7 @@ class Capture(TorchFunctionMode):
                 self.record.uses.append(use)
                 return True
             for tensor in tensors:
-                tensor.__dict__[_MARK] = Weight(tensor, tuple(sorted(roots)), False)
+                vars(tensor)[_MARK] = Weight(tensor, tuple(sorted(roots)), False)
             return False
         if not isinstance(out, Tensor):
             self._make_opaque(roots, f"{_name(func)} returns several tensors")
@@ -288,9 +289,9 @@ class Capture(TorchFunctionMode):
     def _mark_results(self, tensors: list[Tensor], weights: list[Weight], sampled: bool) -> None:
         for tensor in tensors:
             if sampled and id(tensor) not in self._weights:
-                tensor.__dict__[_MARK] = SAMPLE
+                vars(tensor)[_MARK] = SAMPLE
             elif weights and not tensor.requires_grad:
-                tensor.__dict__.pop(_MARK, None)
+                vars(tensor).pop(_MARK, None)
 
     def _assigned(self, args: tuple, weights: list[Weight], sampled: bool) -> None:
         target = args[0]
@@ -380,8 +381,11 @@ def plain_kernels() -> Iterator[None]:
     """Eager code and the ordinary kernels, where the single operations can be seen."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # Importing the compiler takes a second and 50 MB; nothing is compiled before that.
+    compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with eager:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -70,7 +70,8 @@ def multi_head_attention(
         if use_separate_proj_weight:
             matrices = (q_proj_weight, k_proj_weight, v_proj_weight)
         else:
-            matrices = in_proj_weight.split(width)
+            together: Any = in_proj_weight
+            matrices = together.split(width)
         biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.split(width)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((q, k, v), matrices, biases, strict=True))
     samples = len(q)
@@ -196,7 +197,7 @@ def _recurrence(
 
 def _cell(step: Step, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor,
           b_ih: Tensor | None = None, b_hh: Tensor | None = None) -> Any:  # fmt: skip
-    state = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
+    state: Any = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
     state = tuple(s + torch.zeros_like(input[..., :1]) for s in state)
     state = step(F.linear(input, w_ih, b_ih), state, [w_hh, b_hh])
     return state if len(state) > 1 else state[0]

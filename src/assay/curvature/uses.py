@@ -80,7 +80,9 @@ class Use:
         result = self.columns(slot, G.unsqueeze(0))[0]
         return result if out is None else out.copy_(result)
 
-    def total(self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    def total(
+        self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None
+    ) -> Tensor:
         """The sum of the samples' gradients, times `scale`."""
         return self.per_sample(slot, G).sum(0).mul_(scale)
 
@@ -196,7 +198,9 @@ class MatrixUse(Use):
         torch.bmm(left, right.mT, out=target)
         return out
 
-    def total(self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    def total(
+        self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None
+    ) -> Tensor:
         """See `Use`."""
         if slot == "bias":
             return self.bias_gradients(G, 0).sum(0).mul_(scale)
@@ -577,7 +581,9 @@ class EmbeddingUse(Use):
         where = tokens[None, :, :, None].expand_as(rows)
         return out.scatter_add_(2, where, rows)
 
-    def total(self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    def total(
+        self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None
+    ) -> Tensor:
         """See `Use`."""
         vocabulary, width = self.slots[slot].tensor.shape
         rows = self.rows(G, 0).reshape(-1, width)
@@ -643,7 +649,7 @@ class CallUse(Use):
                 args, kwargs = pytree.tree_unflatten(filled, self.spec)
                 return self.function(*args, **kwargs)
 
-            _, pull = torch.func.vjp(call, self.slots[slot].tensor.detach())
+            pull: Any = torch.func.vjp(call, self.slots[slot].tensor.detach())[1]
             return torch.func.vmap(lambda column: pull(column.unsqueeze(0))[0])(v)
 
         rows = [self.args[where] for where in self.batched]

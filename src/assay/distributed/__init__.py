@@ -1,4 +1,4 @@
-"""Compressed communication for distributed training: compressors, hooks, simulation."""
+"""Distributed training: compressed gradients, decentralised methods, hooks and simulation."""
 
 from assay.distributed.blockwise import Blockwise
 from assay.distributed.combinations import Compose, ErrorFeedback

@@ -26,7 +26,8 @@ class LeNet5(Chain):
     Example:
         >>> import torch
         >>> from assay.models import LeNet5
-        >>> LeNet5()(torch.zeros(2, 1, 28, 28)).shape
+        >>> model = LeNet5()
+        >>> model(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
 
     Reference:

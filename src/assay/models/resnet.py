@@ -29,7 +29,8 @@ class CifarResNet(Chain):
     Example:
         >>> import torch
         >>> from assay.models import CifarResNet
-        >>> CifarResNet(depth=32)(torch.zeros(2, 3, 32, 32)).shape
+        >>> model = CifarResNet(depth=32)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
 
     Reference:
@@ -105,7 +106,8 @@ class PreResNet(Chain):
     Example:
         >>> import torch
         >>> from assay.models import PreResNet
-        >>> PreResNet(depth=11)(torch.zeros(2, 3, 32, 32)).shape
+        >>> model = PreResNet(depth=11)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
 
     Reference:
@@ -153,7 +155,8 @@ class WideResNet(Chain):
     Example:
         >>> import torch
         >>> from assay.models import WideResNet
-        >>> WideResNet(depth=10, width=2)(torch.zeros(2, 3, 32, 32)).shape
+        >>> model = WideResNet(depth=10, width=2)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
 
     Reference:

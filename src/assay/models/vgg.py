@@ -31,7 +31,8 @@ class VGGSmall(Chain):
     Example:
         >>> import torch
         >>> from assay.models import VGGSmall
-        >>> VGGSmall()(torch.zeros(2, 3, 32, 32)).shape
+        >>> model = VGGSmall()
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
 
     Reference:
