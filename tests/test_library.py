@@ -187,9 +187,7 @@ class TestExperiment:
         assert dataclasses.is_dataclass(kind)
         assert kind.__dataclass_params__.frozen
         for preset, config in experiment.presets.items():
-            values = {
-                f.name: _as_text(getattr(config, f.name)) for f in dataclasses.fields(config)
-            }
+            values = {f.name: _as_text(getattr(config, f.name)) for f in dataclasses.fields(config)}
             assert experiment.config(preset, values) == config
 
     def test_smoke_run_measures_every_claim(self, slug, tmp_path):

@@ -29,9 +29,7 @@ def test_full_lanczos_is_the_eigendecomposition(n, seed):
     found = lanczos(DenseOperator(A), n, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(found.eigh()[0], torch.linalg.eigvalsh(A), atol=1e-9, rtol=0)
     Q = found.basis
-    torch.testing.assert_close(
-        Q @ Q.T, torch.eye(len(Q), dtype=torch.float64), atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(Q @ Q.T, torch.eye(len(Q), dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 def test_no_ghosts_when_one_eigenvalue_is_far_out():

@@ -127,9 +127,7 @@ def test_gauss_newton_is_the_product_of_its_factors():
     model, loss_fn, (x, y) = _cases()["mlp"]
     model = model.double()
     layout = ParameterLayout.of(model)
-    J = torch.func.jacrev(lambda w: call_with_vector(model, w, x))(
-        layout.flatten(model).detach()
-    )
+    J = torch.func.jacrev(lambda w: call_with_vector(model, w, x))(layout.flatten(model).detach())
     p = model(x).softmax(1).detach()
     H = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     dense = torch.einsum("ncp,ncd,ndq->pq", J, H, J) / len(x)

@@ -48,9 +48,7 @@ def run(lab: Lab, config: Config) -> None:
         batches = Batches(train.x, train.y, 32, generator=lab.generator("order", seed))
         optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-        lab.fit(
-            f"mlp-{seed}", model, optimizer, batches, epochs=config.epochs, scheduler=schedule
-        )
+        lab.fit(f"mlp-{seed}", model, optimizer, batches, epochs=config.epochs, scheduler=schedule)
         with torch.no_grad():
             accuracy = (model(test.x).argmax(1) == test.y).double().mean()
         lab.measure("accuracy", accuracy, seed=seed)

@@ -7,14 +7,14 @@ import pytest
 from assay.lab import at_most
 from assay.lab.bench import Comparison, Samples, benchmark, find_benchmarks, measure
 
-SOURCE = '''
+SOURCE = """
 from assay.lab import at_most
 from assay.lab.bench import Samples, benchmark
 
 @benchmark("halves", target=at_most(0.5))
 def halves():
     return Samples([1.0, 2.0, 3.0], [2.0, 4.0, 12.0], "peer", "1.2", {"bytes": 9.0})
-'''
+"""
 
 
 def test_benchmarks_are_found_in_a_folder_and_judged_by_the_median_ratio(tmp_path):
