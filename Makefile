@@ -34,8 +34,13 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.core
+$(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.core
 	$(PIP) -e '.[$*]'
+	@touch $@
+
+$(VENV)/.test: tests/parity/requirements.txt $(VENV)/.core
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps -r tests/parity/requirements.txt
 	@touch $@
 
 clean:

@@ -9,7 +9,8 @@ from torch import nn
 from assay.optim import AMSGrad
 
 pytorch_optimizer = pytest.importorskip(
-    "pytorch_optimizer", reason="the peer is not installed: pip install pytorch_optimizer==4.1.0"
+    "pytorch_optimizer",
+    reason="not installed: pip install --no-deps -r tests/parity/requirements.txt",
 )
 
 pytestmark = pytest.mark.parity

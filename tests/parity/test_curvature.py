@@ -19,11 +19,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 LOSS = nn.CrossEntropyLoss()
-RELATIVE = 2e-5  # float32, a few thousand roundings
+RELATIVE = 1e-5  # float32, a few thousand roundings
+INSTALL = "pip install --no-deps -r tests/parity/requirements.txt"
 
 
 def _peer(name):
-    return pytest.importorskip(name, reason=f"{name} is not installed: `pip install assay[parity]`")
+    return pytest.importorskip(name, reason=f"{name} is not installed: {INSTALL}")
 
 
 def _nets():

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
@@ -292,19 +293,25 @@ def _identities(lab: Lab) -> None:
         net, x = _random_net(lab, d, m, k, i, scale=1.2), _random_sequences(lab, 20, steps, d, i)
         weights = tuple(p.detach() for p in (net.U, net.W, net.V))
         one = torch.ones((), dtype=torch.float64)
-        scaled = lambda s, w=weights, x=x: _forward(tuple(s * p for p in w), x)  # noqa: E731
-        derivative = torch.func.jvp(scaled, (one,), (one,))[1]
+        derivative = torch.func.jvp(partial(_scaled_forward, weights, x), (one,), (one,))[1]
         lab.measure("gradient-identity", _relative(scaling_derivative(net, x), derivative))
 
         y = torch.arange(20) % k
-        loss = lambda w, x, y: F.cross_entropy(_forward(w, x), y)  # noqa: E731
-        gradients = vmap(grad(loss), in_dims=(None, 0, 0))(weights, x, y)
+        gradients = vmap(grad(_cross_entropy), in_dims=(None, 0, 0))(weights, x, y)
         products = sum((g * w).flatten(1).sum(1) for g, w in zip(gradients, weights, strict=True))
         assert isinstance(products, Tensor)
         norm = products.square().mean().sqrt().item()
         found = fisher_rao_norm(net, x, y, kind="fr")
         lab.measure("fisher-rao-identity", abs(found - norm) / norm)
         lab.measure("decomposition", _decomposition_error(net, weights, x))
+
+
+def _scaled_forward(weights: tuple[Tensor, ...], x: Tensor, s: Tensor) -> Tensor:
+    return _forward(tuple(s * p for p in weights), x)
+
+
+def _cross_entropy(weights: tuple[Tensor, ...], x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(_forward(weights, x), y)
 
 
 def _decomposition_error(net: ReLURNN, weights: tuple[Tensor, ...], x: Tensor) -> float:

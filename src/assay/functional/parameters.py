@@ -79,6 +79,18 @@ class ParameterLayout:
                     shapes.append(parameter.shape)
         return cls(tuple(first.values()), tuple(shapes), tuple(aliases))
 
+    @classmethod
+    def over(cls, tensors: Mapping[str, Tensor]) -> "ParameterLayout":
+        """The layout of some named tensors, e.g. those of `select_parameters`.
+
+        Args:
+            tensors: by name, in the order of the vector.
+
+        Returns:
+            The layout; it holds no tensors.
+        """
+        return cls(tuple(tensors), tuple(t.shape for t in tensors.values()))
+
     @property
     def numel(self) -> int:
         """Length of the vector."""

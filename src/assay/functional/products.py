@@ -152,9 +152,7 @@ class LossOperator(ABC):
         self.model = model
         self.loss_fn = loss_fn
         self.params = select_parameters(model, params)
-        self.layout = ParameterLayout(
-            tuple(self.params), tuple(p.shape for p in self.params.values())
-        )
+        self.layout = ParameterLayout.over(self.params)
         self.single = isinstance(data, tuple) and len(data) == 2
         self._data: Iterable[Batch] = [data] if self.single else data  # type: ignore[list-item]
 
@@ -294,7 +292,9 @@ class HessianOperator(LossOperator):
 
 
 class GGNOperator(LossOperator):
-    """The generalised Gauss-Newton matrix G = (1/N) Σ Jᵀ(∇²ℓ)J, positive semi-definite if ℓ is convex.
+    """The generalised Gauss-Newton matrix G = (1/N) Σ Jᵀ(∇²ℓ)J.
+
+    Positive semi-definite if ℓ is convex in the output.
 
     J is the Jacobian of the model's output in the parameters; for the losses of exponential
     families (cross-entropy, squared error) G is the Fisher information.
@@ -321,7 +321,7 @@ class GGNOperator(LossOperator):
 
     Reference:
         Schraudolph, "Fast Curvature Matrix-Vector Products", Neural Computation 2002.
-    """  # noqa: E501
+    """
 
     def _product(self, inputs: Any, targets: Any, v: list[Tensor]) -> list[Tensor]:
         outputs, tangents, rebuild = self.linearize(inputs, v)

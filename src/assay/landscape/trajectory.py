@@ -75,9 +75,7 @@ class TrajectoryRecorder:
                 f"every and max_snapshots must be at least 1, got {every} and {max_snapshots}"
             )
         self.params = select_parameters(model, params)
-        self.layout = ParameterLayout(
-            tuple(self.params), tuple(p.shape for p in self.params.values())
-        )
+        self.layout = ParameterLayout.over(self.params)
         self.every = every
         self.reference: Tensor | None = None
         shape = (max_snapshots, self.layout.numel)
@@ -336,9 +334,7 @@ class _Losses:
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
         self.params = select_parameters(model, params)
-        self.layout = ParameterLayout(
-            tuple(self.params), tuple(p.shape for p in self.params.values())
-        )
+        self.layout = ParameterLayout.over(self.params)
         self.dtype = next(iter(self.params.values())).dtype
         single = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
         self._data: Iterable[Batch] = [data] if single else data  # type: ignore[list-item]
@@ -660,9 +656,7 @@ class FlatSubspacePenalty:
         params: Selection = None,
     ) -> None:
         self.params = select_parameters(model, params)
-        self.layout = ParameterLayout(
-            tuple(self.params), tuple(p.shape for p in self.params.values())
-        )
+        self.layout = ParameterLayout.over(self.params)
         if directions.shape != (len(width), self.layout.numel):
             raise ValueError(
                 f"directions must have shape ({len(width)}, {self.layout.numel}), got "
