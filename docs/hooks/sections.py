@@ -27,4 +27,4 @@ def _renamed(docstring: str, old: str, new: str) -> str:
 
 
 def _is_model(obj: griffe.Class) -> bool:
-    return any(str(base) in ("BaseModel", "_Record") for base in obj.bases)
+    return any(str(base) in ("BaseModel", "Stored") for base in obj.bases)

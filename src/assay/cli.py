@@ -493,14 +493,17 @@ def bench(
         if not chosen:
             families = sorted({e.family for e in entries})
             raise UsageError(f"no benchmark has {name!r} in it; there are: {', '.join(families)}")
-        rows = []
+        rows, skipped = [], []
         for entry in chosen:
-            row = measure(entry, repeats)
-            rows.append(row)
-            if not as_json:
-                typer.echo(f"{entry.family}: {entry.name}: {row.ratio:.2f}", err=True)
+            try:
+                rows.append(measure(entry, repeats))
+                said = f"{rows[-1].ratio:.2f}"
+            except ModuleNotFoundError as error:
+                said = f"not measured: {error}"
+                skipped.append({"family": entry.family, "name": entry.name, "why": str(error)})
+            typer.echo(f"{entry.family}: {entry.name}: {said}", err=True)
     if as_json:
-        _print_json(rows=[row.model_dump(mode="json") for row in rows])
+        _print_json(rows=[row.model_dump(mode="json") for row in rows], skipped=skipped)
     else:
         _console().print(_bench_table(rows))
 

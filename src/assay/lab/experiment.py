@@ -2,29 +2,24 @@
 
 import dataclasses
 import importlib
-import os
 import pkgutil
-import platform
-import subprocess
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from lightning_fabric import Fabric
 from pydantic import TypeAdapter, ValidationError
 
 import assay
 from assay.lab.lab import Lab
 from assay.lab.paper import Claim, Paper
-from assay.lab.result import ClaimResult, PaperCard, Provenance, Result
+from assay.lab.provenance import collect
+from assay.lab.result import ClaimResult, PaperCard, Result
 from assay.lab.usage import UsageError, unknown
 
 # By name: the lab stands below the experiments and only looks for them.
@@ -227,7 +222,9 @@ def run_experiment(
         figures=lab.figures,
         curves=list(lab.curves.values()),
         notes=lab.notes,
-        provenance=_provenance(lab, when, lab.checkpoints.elapsed()),
+        provenance=collect(
+            lab.device, str(lab.fabric._precision.precision), when, lab.checkpoints.elapsed()
+        ),
     )
     if lab.is_main:
         result.write(directory)
@@ -253,51 +250,3 @@ def _settle_previous_run(lab: Lab, identity: dict[str, Any], resume: bool | None
     else:
         lab.checkpoints.discard()
         lab.checkpoints.begin(identity)
-
-
-def _provenance(lab: Lab, started: datetime, seconds: float) -> Provenance:
-    packages = ("torch", "numpy", "scipy", "scikit-learn", "lightning-fabric", "numba")
-    return Provenance(
-        assay=assay.__version__,
-        commit=_commit(),
-        python=platform.python_version(),
-        versions={name: metadata.version(name) for name in packages},
-        platform=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
-        cores=os.cpu_count() or 1,
-        threads=torch.get_num_threads(),
-        device=_device_name(lab.device),
-        precision=str(lab.fabric._precision.precision),
-        started=started,
-        seconds=round(seconds, 3),
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _commit() -> str | None:
-    """The commit of Assay's own checkout, with a mark if the tree differs; None elsewhere."""
-    root = Path(assay.__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--", "src"], capture_output=True, text=True
-        )
-    except OSError:
-        return None
-    if head.returncode != 0:
-        return None
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")

@@ -3,13 +3,11 @@
 import csv
 import hashlib
 import importlib.util
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from assay.data import Dataset, load, names
 from assay.functional.training import Record, fit
 from assay.lab.checkpoint import Checkpoints
+from assay.lab.figures import subplots, write_svg
 from assay.lab.paper import Claim
 from assay.lab.result import (
     Cell,
@@ -32,23 +31,10 @@ from assay.lab.result import (
     Measurement,
     Table,
     file_name,
-    write_atomically,
 )
 from assay.lab.usage import UsageError, unknown
 
 T = TypeVar("T")
-
-FIGURE_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: small files, searchable, the reader's fonts
-    "svg.hashsalt": "assay",  # the same figure gives the same file
-    "figure.dpi": 100,
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
 
 
 def derive_seed(*key: object) -> int:
@@ -346,10 +332,8 @@ class Lab:
         height: float = 3.6,
         **kwargs: Any,
     ) -> tuple[MatplotlibFigure, Any]:
-        """A figure in Assay's style with its axes, as `matplotlib.pyplot.subplots`; inches."""
-        with matplotlib.rc_context(FIGURE_STYLE):
-            figure = MatplotlibFigure(figsize=(width, height), layout="constrained")
-            return figure, figure.subplots(rows, columns, **kwargs)
+        """See `assay.lab.figures.subplots`."""
+        return subplots(rows, columns, width=width, height=height, **kwargs)
 
     def figure(self, name: str, figure: MatplotlibFigure, caption: str = "") -> None:
         """Store a matplotlib figure as SVG and show it in the report.
@@ -362,12 +346,7 @@ class Lab:
         if not self.is_main:
             return
         path = self.directory / "figures" / f"{file_name(name)}.svg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context(FIGURE_STYLE):
-            figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
-        # Matplotlib ends lines with blanks; committed figures should not.
-        text = path.read_text(encoding="utf-8")
-        write_atomically(path, re.sub(r"[ \t]+\n", "\n", text))
+        write_svg(figure, path)
         self.figures.append(Figure(name=name, caption=caption, file=f"figures/{path.name}"))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Cell]], caption: str = "") -> None:

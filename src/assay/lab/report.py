@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import TypeAdapter
 
@@ -27,7 +27,6 @@ from assay.lab.experiment import find_experiment
 from assay.lab.result import (
     Cell,
     ClaimResult,
-    Figure,
     Provenance,
     Result,
     Table,
@@ -85,7 +84,7 @@ def render_report(result: Result, folder: Path, gallery: str | None = None) -> s
         ValueError: if the result names a file outside `folder`.
     """
     curves, unread = _curves(result, folder)
-    return _page(
+    return render_page(
         "report.html.j2",
         script="report.js",
         image_source="data:",
@@ -93,10 +92,10 @@ def render_report(result: Result, folder: Path, gallery: str | None = None) -> s
         gallery=gallery,
         command=command_line(result),
         seeds_by_count=sorted(result.seeds) == list(range(len(result.seeds))),
-        figures=[(figure, _embedded(figure, folder)) for figure in result.figures],
+        figures=[(figure, embedded(figure.file, folder)) for figure in result.figures],
         panels=chart.arrange(curves, result.seeds),
         unread=unread,
-        made_with=_made_with(result.provenance),
+        made_with=made_with(result.provenance),
     )
 
 
@@ -145,12 +144,21 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _embedded(figure: Figure, folder: Path) -> str | None:
-    """A figure as the address of an image, in which no script runs; None if its file is missing."""
-    path = _inside(folder, figure.file)
+def embedded(file: str, folder: Path) -> str | None:
+    """A figure as the address of an image, in which no script runs; None if its file is missing.
+
+    Args:
+        file: SVG or PNG, as the result names it.
+        folder: of the result.
+
+    Raises:
+        ValueError: if the file lies outside the folder.
+    """
+    path = _inside(folder, file)
     if not path.is_file():
         return None
-    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    kind = "png" if path.suffix == ".png" else "svg+xml"
+    return f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _curves(
@@ -169,7 +177,12 @@ def _curves(
     return curves, unread
 
 
-def _made_with(provenance: Provenance) -> list[tuple[str, str]]:
+def made_with(provenance: Provenance) -> list[tuple[str, str]]:
+    """Name and text of everything that a page says of its provenance.
+
+    Args:
+        provenance: of a result.
+    """
     return [
         ("Assay", provenance.assay),
         ("Commit", provenance.commit or "not from a checkout"),
@@ -251,7 +264,7 @@ def render_gallery(entries: Sequence[Entry]) -> str:
     """
     ordered = sorted(entries, key=lambda e: (e.result.paper.topic, e.result.paper.title.lower()))
     claims = [claim for entry in entries for claim in entry.result.claims]
-    return _page(
+    return render_page(
         "gallery.html.j2",
         script="gallery.js",
         image_source="'self' file:",
@@ -377,9 +390,10 @@ def _web_address(url: str) -> str | None:
 
 
 @cache
-def _environment() -> Environment:
+def _environment(package: str) -> Environment:
+    packages = dict.fromkeys((package, "assay.lab"))
     environment = Environment(
-        loader=PackageLoader("assay.lab", "templates"),
+        loader=ChoiceLoader([PackageLoader(name, "templates") for name in packages]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -402,26 +416,38 @@ def _environment() -> Environment:
     return environment
 
 
-def _asset(name: str) -> Markup:
+def _asset(environment: Environment, name: str) -> Markup:
     """A style sheet or script of the package, verbatim."""
-    environment = _environment()
     assert environment.loader is not None
     return Markup(environment.loader.get_source(environment, name)[0])
 
 
-def _page(template: str, *, script: str, image_source: str, **context: Any) -> str:
-    code = _asset(script)
+def render_page(
+    template: str,
+    *,
+    script: str,
+    image_source: str = "data:",
+    package: str = "assay.lab",
+    **context: Any,
+) -> str:
+    """Render a template into a page that needs nothing beside it and runs its own script alone.
+
+    Args:
+        template: name of a template; it extends `base.html.j2`.
+        script: name of its script, among the templates.
+        image_source: where images may come from, as a content security policy says it.
+        package: whose folder `templates` holds both; the lab's are found from everywhere.
+        context: for the template.
+    """
+    environment = _environment(package)
+    code = _asset(environment, script)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode("ascii")
-    return (
-        _environment()
-        .get_template(template)
-        .render(
-            **context,
-            style=_asset("style.css"),
-            script=code,
-            policy=(
-                f"default-src 'none'; img-src {image_source}; style-src 'unsafe-inline'; "
-                f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-            ),
-        )
+    return environment.get_template(template).render(
+        **context,
+        style=_asset(environment, "style.css"),
+        script=code,
+        policy=(
+            f"default-src 'none'; img-src {image_source}; style-src 'unsafe-inline'; "
+            f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+        ),
     )

@@ -18,19 +18,21 @@ SCHEMA_VERSION = 1
 Cell = str | bool | int | float | None
 
 
-class _Record(BaseModel):
+class Stored(BaseModel):
+    """A part of a file that Assay writes: no unknown fields, infinities kept."""
+
     # Diverged runs measure infinities; JSON has none, so they travel as strings.
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
 
 
-class Measurement(_Record):
+class Measurement(Stored):
     """One measured figure and the seed it belongs to (None: not of one seed)."""
 
     value: float
     seed: int | None = None
 
 
-class ClaimResult(_Record):
+class ClaimResult(Stored):
     """A claim with everything that was measured for it."""
 
     id: str
@@ -83,7 +85,7 @@ class ClaimResult(_Record):
         )  # fmt: skip
 
 
-class PaperCard(_Record):
+class PaperCard(Stored):
     """The card of the paper, as `assay.lab.Paper`."""
 
     slug: str
@@ -101,7 +103,7 @@ class PaperCard(_Record):
         return cls(**{name: getattr(paper, name) for name in cls.model_fields})
 
 
-class DataSource(_Record):
+class DataSource(Stored):
     """A data set that a run has read."""
 
     name: str
@@ -111,7 +113,7 @@ class DataSource(_Record):
     checksum: str
 
 
-class Figure(_Record):
+class Figure(Stored):
     """A figure; `file` is relative to the result's folder."""
 
     name: str
@@ -119,7 +121,7 @@ class Figure(_Record):
     file: str
 
 
-class Table(_Record):
+class Table(Stored):
     """A table of plain values."""
 
     name: str
@@ -127,14 +129,14 @@ class Table(_Record):
     rows: list[dict[str, Cell]]
 
 
-class Curve(_Record):
+class Curve(Stored):
     """A learning curve; `file` is a CSV with the columns step, series, value."""
 
     name: str
     file: str
 
 
-class Provenance(_Record):
+class Provenance(Stored):
     """Where, when and with what a result was made."""
 
     assay: str
@@ -151,7 +153,7 @@ class Provenance(_Record):
     seconds: float
 
 
-class Result(_Record):
+class Result(Stored):
     """The whole outcome of one experiment at one preset; what `result.json` holds.
 
     Args:
