@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from assay.curvature import KroneckerFactors, compute
 from assay.data import Batches, Dataset
 from assay.functional import GGNOperator, HessianOperator
-from assay.lab import Claim, Lab, Paper, at_most
-from assay.models import MLP, AllCNNC, ThreeConvThreeDense
+from assay.lab import Claim, Lab, Paper, UsageError, at_most
+from assay.lab.usage import unknown
+from assay.models import MLP, AllCNNC, ThreeConvThreeDense, TwoConvTwoDense
 from assay.optim import KFAC, DiagGGN
 
 PAPER = Paper(
@@ -149,14 +150,23 @@ CLAIMS = (
         unit="nats",
         how="the same difference for DiagGGN with one draw",
     ),
-    Claim(
-        "deepobs-progress",
-        "3C3D on CIFAR-10: KFAC reaches a lower training loss than tuned SGD with momentum",
-        paper="lower loss at equal epochs",
-        expect=at_most(0.0),
-        kind="paper",
-        unit="nats",
-        how="training loss after 100 epochs of batches of 128, ten seeds",
+    *(
+        Claim(
+            f"deepobs-{name}",
+            f"{what}: KFAC reaches a lower training loss than tuned SGD with momentum",
+            paper="lower loss at equal epochs",
+            expect=at_most(0.0),
+            kind="paper",
+            unit="nats",
+            how="training loss after DeepOBS's number of epochs, KFAC − SGD, ten seeds; each at "
+            "the best grid point of a run apart",
+        )
+        for name, what in (
+            ("logreg-mnist", "Logistic regression on MNIST"),
+            ("2c2d-fashion-mnist", "2C2D on Fashion-MNIST"),
+            ("3c3d-cifar10", "3C3D on CIFAR-10"),
+            ("all-cnn-c-cifar100", "All-CNN-C on CIFAR-100"),
+        )
     ),
 )
 
@@ -166,12 +176,9 @@ class Config:
     """Every knob.
 
     Args:
-        data: name of the data set of the optimizers.
+        problems: of the optimizers' comparison, names in `PROBLEMS`.
         train_size: training images, a stratified subset; 0 is all of them.
-        model: `"mlp"`, `"3c3d"` or `"all-cnn-c"`.
-        hidden: widths of the MLP.
-        batch_size: images a step.
-        epochs: of training.
+        epochs: of training; 0 for the problem's own number.
         lrs: learning rates of every grid.
         dampings: of the curvature optimizers.
         draws: Monte-Carlo draws for the unbiasedness.
@@ -180,11 +187,8 @@ class Config:
         repeats: timed calls a quantity.
     """
 
-    data: str = "fashion-mnist"
+    problems: tuple[str, ...] = ("mlp-fashion-mnist",)
     train_size: int = 6000
-    model: str = "mlp"
-    hidden: tuple[int, ...] = (100, 100)
-    batch_size: int = 128
     epochs: int = 1
     lrs: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     dampings: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
@@ -196,9 +200,8 @@ class Config:
 
 PRESETS = {
     "smoke": Config(
-        data="mnist5k",
+        problems=("mlp-mnist5k",),
         train_size=500,
-        hidden=(32,),
         lrs=(1e-2, 1e-1, 1.0),
         dampings=(1e-1,),
         mlp_batch=16,
@@ -207,15 +210,77 @@ PRESETS = {
     ),
     "small": Config(),
     "paper": Config(
-        data="cifar10",
+        problems=(
+            "logreg-mnist",
+            "2c2d-fashion-mnist",
+            "3c3d-cifar10",
+            "all-cnn-c-cifar100",
+        ),
         train_size=0,
-        model="3c3d",
-        epochs=100,
+        epochs=0,
         dampings=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
         repeats=21,
     ),
 }
 SEEDS = {"smoke": 1, "small": 3, "paper": 10}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Data, network and protocol that optimizers are compared on.
+
+    Args:
+        data: name of the data set.
+        build: from the data set to the network.
+        batch_size: images a step.
+        epochs: of training.
+        l2: weight of half the squared norm of the weights in the loss.
+        exact: whether the exact factors (KFLR) are affordable: not for 100 classes.
+    """
+
+    data: str
+    build: Callable[[Dataset], nn.Module]
+    batch_size: int = 128
+    epochs: int = 100
+    l2: float = 0.0
+    exact: bool = True
+
+
+def logistic_regression(train: Dataset) -> nn.Module:
+    """One linear layer, begun at zero as DeepOBS does."""
+    layer = nn.Linear(train.x[0].numel(), train.num_classes)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+def mlp(*hidden: int) -> Callable[[Dataset], nn.Module]:
+    """A ReLU MLP of these widths."""
+    return lambda train: MLP((train.x[0].numel(), *hidden, train.num_classes))
+
+
+# The last four are DeepOBS's, with its batch sizes, epochs and penalties.
+PROBLEMS = {
+    "mlp-mnist5k": Problem("mnist5k", mlp(32)),
+    "mlp-fashion-mnist": Problem("fashion-mnist", mlp(100, 100)),
+    "logreg-mnist": Problem("mnist", logistic_regression, epochs=50),
+    "2c2d-fashion-mnist": Problem(
+        "fashion-mnist", lambda train: TwoConvTwoDense(train.num_classes, train.x.shape[1])
+    ),
+    "3c3d-cifar10": Problem(
+        "cifar10",
+        lambda train: ThreeConvThreeDense(train.num_classes, train.x.shape[1]),
+        l2=2e-3,
+    ),
+    "all-cnn-c-cifar100": Problem(
+        "cifar100",
+        lambda train: AllCNNC(train.num_classes, train.x.shape[1], dropout=False),
+        batch_size=256,
+        epochs=350,
+        l2=5e-4,
+        exact=False,
+    ),
+}
 
 FIRST_ORDER = ("grad_batch", "batch_l2", "second_moment", "variance")
 OVERHEADS = (
@@ -519,22 +584,34 @@ def overhead_figure(lab: Lab, rows: list[dict]) -> Figure:
 
 
 def optimizers(lab: Lab, config: Config) -> None:
-    """Training loss after equal steps, each method at its best grid point."""
-    train = lab.data(config.data, "train", limit=config.train_size or None)
-    grids: dict[str, list[dict[str, float]]] = {
-        "SGD with momentum": [{"lr": lr} for lr in config.lrs],
-        "Adam": [{"lr": lr} for lr in config.lrs],
-        "DiagGGN": [{"lr": lr, "damping": d} for lr in config.lrs for d in config.dampings],
-        "KFAC": [{"lr": lr, "damping": d} for lr in config.lrs for d in config.dampings],
-    }
+    """Training loss after equal steps on every problem, each method at its best grid point."""
+    for name in config.problems:
+        if name not in PROBLEMS:
+            raise UsageError(unknown("problem", name, PROBLEMS))
+    table = [row for name in config.problems for row in compare(lab, config, name)]
+    lab.table("optimizers", table, caption="Training loss after equal steps, best grid points")
+
+
+def grids(config: Config, problem: Problem) -> dict[str, list[dict[str, float]]]:
+    """The grid of every method: the same learning rates, for curvature every damping with each."""
+    plain = [{"lr": lr} for lr in config.lrs]
+    damped = [{"lr": lr, "damping": d} for lr in config.lrs for d in config.dampings]
+    found = {"SGD with momentum": plain, "Adam": plain, "DiagGGN": damped, "KFAC": damped}
+    return {**found, "KFLR": damped} if problem.exact else found
+
+
+def compare(lab: Lab, config: Config, name: str) -> list[dict]:
+    """Tune and run every method on one problem; rows of the table."""
+    problem = PROBLEMS[name]
+    train = lab.data(problem.data, "train", limit=config.train_size or None)
+    train_with = partial(train_once, lab, config, problem, train)
     table = []
     best: dict[str, dict[str, float]] = {}
-    for method, grid in grids.items():
+    for method, grid in grids(config, problem).items():
         losses = {}
-        for number, point in enumerate(lab.track(grid, f"{method}: grid")):
-            name = f"grid-{method}-{number}"
+        for number, point in enumerate(lab.track(grid, f"{name}, {method}: grid")):
             result: Any = lab.stage(
-                name, lambda m=method, p=point: train_once(lab, config, train, m, p, "tuning")
+                f"grid-{name}-{method}-{number}", partial(train_with, method, point, "tuning")
             )
             losses[number] = result["losses"][-1]
         best[method] = grid[min(losses, key=losses.__getitem__)]
@@ -542,14 +619,14 @@ def optimizers(lab: Lab, config: Config) -> None:
         final = {}
         for method, point in best.items():
             result: Any = lab.stage(
-                f"run-{method}-{seed}",
-                lambda m=method, p=point, s=seed: train_once(lab, config, train, m, p, s),
+                f"run-{name}-{method}-{seed}", partial(train_with, method, point, seed)
             )
             final[method] = result["losses"][-1]
             for step, loss in zip(result["steps"], result["losses"], strict=True):
-                lab.log(f"training loss {seed}", int(step), **{method: loss})
+                lab.log(f"training loss {name} {seed}", int(step), **{method: loss})
             table.append(
                 {
+                    "problem": name,
                     "method": method,
                     "seed": seed,
                     "lr": point["lr"],
@@ -559,55 +636,54 @@ def optimizers(lab: Lab, config: Config) -> None:
                 }
             )
         difference = final["KFAC"] - final["SGD with momentum"]
-        lab.measure("kfac-progress", difference, seed=seed)
-        lab.measure("diagonal-progress", final["DiagGGN"] - final["SGD with momentum"], seed=seed)
         if lab.preset == "paper":
-            lab.measure("deepobs-progress", difference, seed=seed)
-    lab.table("optimizers", table, caption="Training loss after equal steps, best grid points")
-
-
-def build_model(config: Config, train: Dataset) -> nn.Module:
-    """The network of the optimizers' comparison."""
-    channels, height, width = train.x.shape[1:]
-    if config.model == "3c3d":
-        return ThreeConvThreeDense(train.num_classes, channels)
-    if config.model == "all-cnn-c":
-        return AllCNNC(train.num_classes, channels, dropout=False)
-    if config.model == "mlp":
-        return MLP((channels * height * width, *config.hidden, train.num_classes))
-    raise ValueError(f"model must be 'mlp', '3c3d' or 'all-cnn-c', got {config.model!r}")
+            lab.measure(f"deepobs-{name}", difference, seed=seed)
+        else:
+            lab.measure("kfac-progress", difference, seed=seed)
+            diagonal = final["DiagGGN"] - final["SGD with momentum"]
+            lab.measure("diagonal-progress", diagonal, seed=seed)
+    return table
 
 
 def build_optimizer(
-    method: str, model: nn.Module, point: dict[str, float], generator: torch.Generator
+    method: str,
+    model: nn.Module,
+    point: dict[str, float],
+    l2: float,
+    generator: torch.Generator,
 ) -> torch.optim.Optimizer:
     """By its name in the grids."""
+    lr = point["lr"]
     if method == "SGD with momentum":
-        return torch.optim.SGD(model.parameters(), lr=point["lr"], momentum=0.9)
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=l2)
     if method == "Adam":
-        return torch.optim.Adam(model.parameters(), lr=point["lr"])
-    kind = KFAC if method == "KFAC" else DiagGGN
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=l2)
+    kind = DiagGGN if method == "DiagGGN" else KFAC
     return kind(
-        model,
-        nn.CrossEntropyLoss(),
-        lr=point["lr"],
-        damping=point["damping"],
-        generator=generator,
-    )
+        model, nn.CrossEntropyLoss(), lr=lr, damping=point["damping"], l2=l2,
+        mc_samples=None if method == "KFLR" else 1, generator=generator,
+    )  # fmt: skip
 
 
 def train_once(
-    lab: Lab, config: Config, train: Dataset, method: str, point: dict, seed: object
+    lab: Lab,
+    config: Config,
+    problem: Problem,
+    train: Dataset,
+    method: str,
+    point: dict,
+    seed: object,
 ) -> dict[str, list[float] | float]:
     """Train from scratch; the loss on the training data at every epoch's end and half-way."""
     with lab.seeded("init", seed):
-        model = build_model(config, train).to(lab.device)
-    optimizer = build_optimizer(method, model, point, lab.generator("draws", seed))
-    batches = Batches(train.x, train.y, config.batch_size, generator=lab.generator("batches", seed))
+        model = problem.build(train).to(lab.device)
+    optimizer = build_optimizer(method, model, point, problem.l2, lab.generator("draws", seed))
+    generator = lab.generator("batches", seed)
+    batches = Batches(train.x, train.y, problem.batch_size, generator=generator)
     start, steps, step = time.perf_counter(), [0.0], 0
     losses = [training_loss(lab, model, train)]
     spent = 0.0
-    for _ in range(config.epochs):
+    for _ in range(config.epochs or problem.epochs):
         for number, (x, y) in enumerate(batches):
             x, y = x.to(lab.device), y.to(lab.device)
             if not torch.isfinite(one_step(optimizer, model, x, y)):

@@ -1,6 +1,6 @@
 """Standard networks that experiments share, each written once."""
 
-from assay.models.deepobs import AllCNNC, ThreeConvThreeDense
+from assay.models.deepobs import AllCNNC, ThreeConvThreeDense, TwoConvTwoDense
 from assay.models.lenet import LeNet5
 from assay.models.mlp import MLP
 from assay.models.registry import build, names
@@ -10,6 +10,7 @@ from assay.models.vgg import VGGSmall
 __all__ = [
     "MLP",
     "LeNet5",
+    "TwoConvTwoDense",
     "ThreeConvThreeDense",
     "AllCNNC",
     "CifarResNet",
