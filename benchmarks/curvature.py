@@ -1,16 +1,25 @@
 """One call of the curvature engine against BackPACK and Opacus, on DeepOBS's two networks."""
 
+import ctypes
+import gc
 import importlib
+import os
+import statistics
+import subprocess
+import sys
+import time
 import warnings
+from collections.abc import Iterable
 from importlib.metadata import version
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from assay.curvature import compute
 from assay.lab import at_most
-from assay.lab.bench import Benchmark, Comparison, benchmark
+from assay.lab.bench import Benchmark, Comparison, Samples, benchmark
 from assay.models import MLP, ThreeConvThreeDense
 
 FIRST_ORDER = ("grad", "grad_batch", "batch_l2", "second_moment", "variance")
@@ -54,7 +63,11 @@ def peer(module: str, package: str) -> object:
 
 
 def against_backpack(network: str, ours: tuple[str, ...], theirs: tuple[str, ...]) -> Comparison:
-    """Both with the mean gradient; ours writes into the memory of its last result."""
+    """Both with the mean gradient; ours writes into the memory of its last result.
+
+    Individual gradients are N numbers a parameter, 460 MB for the MLP, which are written once: the
+    row has the time that merely filling that memory takes, below which no implementation can be.
+    """
     backpack = peer("backpack", "backpack-for-pytorch")
     net, x, y = problem(network)
     loss_fn = nn.CrossEntropyLoss()
@@ -73,7 +86,22 @@ def against_backpack(network: str, ours: tuple[str, ...], theirs: tuple[str, ...
         peer=their_call,
         peer_name="BackPACK",
         peer_version=version("backpack-for-pytorch"),
+        extra=_floor(earlier.get("grad_batch", {}).values()),
     )
+
+
+def _floor(tensors: Iterable[Tensor]) -> dict[str, float]:
+    """Milliseconds to fill what a call has to write, the median of seven."""
+    tensors = list(tensors)
+    if not tensors:
+        return {}
+    taken = []
+    for _ in range(7):
+        start = time.perf_counter()
+        for tensor in tensors:
+            tensor.fill_(1.0)
+        taken.append(time.perf_counter() - start)
+    return {"ms to fill the same memory": 1e3 * statistics.median(taken)}
 
 
 def _rows() -> dict[str, Benchmark]:
@@ -122,6 +150,97 @@ def _opacus_rows() -> dict[str, Benchmark]:
     return made
 
 
+# -- memory --------------------------------------------------------------------------------------
+
+# Freed memory goes back to the system at once, so that what is resident is what is alive.
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0",
+    "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+
+
+def peak_memory(network: str, label: str, side: str) -> float:
+    """MB (10⁶ bytes) by which one call raises the peak of the resident memory of this process.
+
+    Both sides alike: a first call brings in what is imported late and the libraries' own
+    workspaces; its results are dropped; then one call makes new ones. Nothing is written over.
+
+    Args:
+        network: of `NETWORKS`.
+        label: of `ROWS`.
+        side: "ours" or "peer".
+    """
+    ours, theirs = next(row[1:3] for row in ROWS if row[0] == label)
+    torch.set_num_threads(1)
+    net, x, y = problem(network)
+    loss_fn = nn.CrossEntropyLoss()
+    attributes = {p: set(vars(p)) for p in net.parameters()}
+    if side == "ours":
+
+        def call() -> object:
+            return compute(net, loss_fn, x, y, ours)
+    else:
+        backpack = peer("backpack", "backpack-for-pytorch")
+        net, loss_fn = backpack.extend(net), backpack.extend(loss_fn)
+
+        def call() -> object:
+            with backpack.backpack(*(getattr(backpack.extensions, name)() for name in theirs)):
+                loss_fn(net(x), y).backward()
+            return net
+
+    call()
+    for p, kept in attributes.items():  # where BackPACK leaves its results
+        p.grad = None
+        for name in set(vars(p)) - kept:
+            delattr(p, name)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    before = _resident("VmRSS")
+    result = call()
+    peak = _resident("VmHWM")
+    del result
+    return peak - before
+
+
+def _resident(entry: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(entry + ":"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def _peaks(network: str, label: str) -> Samples:
+    peer("backpack", "backpack-for-pytorch")
+    found: dict[str, list[float]] = {"ours": [], "peer": []}
+    for side in ("ours", "peer"):
+        run = subprocess.run(
+            [sys.executable, __file__, network, label, side], env={**os.environ, **GIVE_BACK},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found[side].append(float(run.stdout))
+    (ours,), (theirs,) = found.values()
+    return Samples(
+        found["ours"], found["peer"], "BackPACK", version("backpack-for-pytorch"),
+        extra={"MB": ours, "BackPACK's MB": theirs}, unit="MB",
+    )  # fmt: skip
+
+
+def _memory_rows() -> dict[str, Benchmark]:
+    made = {}
+    for network, (label, *_) in product(NETWORKS, ROWS):
+
+        def make(network=network, label=label) -> Samples:
+            return _peaks(network, label)
+
+        name = f"peak memory of one call, {label}, {network}"
+        made[name] = benchmark(name, target=at_most(1.0))(make)
+    return made
+
+
 # The harness collects what the module holds.
 globals().update(_rows())
 globals().update(_opacus_rows())
+globals().update(_memory_rows())
+
+if __name__ == "__main__":
+    print(peak_memory(*sys.argv[1:4]))

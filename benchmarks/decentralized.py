@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from assay.distributed import Gossip, SimulatedGossip, Topology
+from assay.distributed import Gossip, LinkModel, SimulatedGossip, Topology
+from assay.distributed.namespaces import ShapedNetwork, not_permitted
 from assay.distributed.testing import spawn
 from assay.lab import at_most
 from assay.lab.bench import Comparison, Samples, benchmark
@@ -99,6 +100,25 @@ def _processes(peer: str, name: str) -> Samples:
 )
 def mixing_against_exchange() -> Samples:
     return _processes("pair", "batch_isend_irecv, no sums")
+
+
+@benchmark(
+    "mixing vs one exchange with both neighbours, ring of 4 namespaces, 10⁶ float32, 1 Gbit/s",
+    target=at_most(1.2),
+)
+def mixing_against_exchange_over_a_network() -> Samples:
+    """Over a link the weighted sums cost little; above, four processes share two cores for them."""
+    reason = not_permitted()
+    if reason:
+        raise ModuleNotFoundError(f"network namespaces: {reason}")
+    with ShapedNetwork(4, LinkModel(bandwidth=1e9, latency=1e-4)) as network:
+        result = network.spawn(exchanges, "pair")[0]
+    return Samples(
+        ours=result["ours"],
+        peer=result["peer"],
+        peer_name="batch_isend_irecv, no sums",
+        peer_version=torch.__version__,
+    )
 
 
 @benchmark("mixing vs all-reduce, ring of 4 processes, 10⁶ float32")

@@ -19,8 +19,25 @@ _CHECKED = [
 ]
 install_import_hook(_CHECKED, "runtime_checks.check")
 
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+from browsing import chromium, visits  # noqa: E402
 
 # The same examples every time, and no clock: machines differ in speed, facts do not.
 settings.register_profile("assay", deadline=None, derandomize=True, database=None)
 settings.load_profile("assay")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_page(browser):
+    """Open the page of an address; it may log no error and ask for nothing from outside."""
+    with visits(browser) as visit:
+        yield visit

@@ -15,6 +15,7 @@ import tables
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+from assay.examine import Report
 from assay.lab import all_experiments
 from assay.lab.report import write_gallery
 from assay.lab.result import Result
@@ -34,8 +35,11 @@ PARTS = {
     "dependencies": lambda _: tables.dependencies(ROOT),
     "command-line": lambda _: tables.command_line(),
     "result-fields": lambda _: tables.result_fields(),
+    "report-fields": lambda _: tables.report_fields(),
+    "panels": lambda _: tables.panels(),
     "benchmark-fields": lambda _: tables.benchmark_fields(),
     "benchmarks": lambda _: tables.benchmarks(ROOT / "results" / "benchmarks.json"),
+    "network": lambda _: tables.network(ROOT / "results" / "network.json"),
 }
 
 
@@ -73,6 +77,8 @@ def on_files(files: Files, config: Any) -> Files:
         _add(files, config, page, (ROOT / source).read_text(encoding="utf-8"))
     schema = json.dumps(Result.model_json_schema(), indent=1)
     _add(files, config, "schemas/result-v1.json", schema)
+    schema = json.dumps(Report.model_json_schema(), indent=1)
+    _add(files, config, "schemas/report-v1.json", schema)
     return files
 
 

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from assay import data
 from assay.cli import app
 from assay.data.catalogue import ENTRIES
+from assay.examine import Finding, Metric, all_panels, report
 from assay.lab import Claim, Judgement, Paper, Result, result
 from assay.lab.bench import Row
 from assay.lab.numerals import number
@@ -96,6 +97,31 @@ def result_fields() -> str:
     return "\n\n".join(parts)
 
 
+def report_fields() -> str:
+    """The fields of `report.json` of an examination, one table a record."""
+    names = ("DataRecord", "PanelRecord", "MetricRecord", "FindingRecord", "FigureRecord",
+             "TableRecord", "GateRecord")  # fmt: skip
+    sources = {"MetricRecord": (Metric,), "FindingRecord": (Finding,)}
+    parts = [_fields(report.Report)]
+    for name in names:
+        model = getattr(report, name)
+        about = (model.__doc__ or "").strip().partition("\n")[0]
+        fields = _fields(model, *sources.get(name, ()))
+        parts.append(f"### {name}\n\n{text(about)}\n\n{fields}")
+    return "\n\n".join(parts)
+
+
+def panels() -> str:
+    """Every panel of an examination: its name, for which tasks, whether it trains."""
+    rows = []
+    for entry in all_panels():
+        about = (entry.function.__doc__ or "").strip().partition("\n")[0]
+        tasks = ", ".join(entry.tasks)
+        rows.append((f"`{entry.name}`", entry.title, text(about), tasks,
+                     "yes" if entry.trains else ""))  # fmt: skip
+    return table(("Panel", "Title", "What it tells", "Tasks", "Trains copies"), rows)
+
+
 def benchmark_fields() -> str:
     """The fields of a row of `assay bench --json`."""
     return _fields(Row)
@@ -143,3 +169,56 @@ def benchmarks(path: Path) -> str:
         )
     header = ("Benchmark", "Ours / peer (quartiles)", "Target", "", "Peer", "Threads", "Further")
     return table(header, rows)
+
+
+def network(path: Path) -> str:
+    """The committed output of `benchmarks/network.py`."""
+    if not path.exists():
+        return "*Not measured yet: there is no committed table.*"
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    training, about = kept["training"], kept["runs"][-1]["provenance"]
+    final = {
+        (row["ranks"], row["method"]): sum(row["accuracies"][-3:]) / 3
+        for row in kept["rows"]
+        if row["link"] == 0 and row.get("accuracies")
+    }
+    parts = [
+        f"{kept['parameters']:,} parameters, {training['data']}, {training['batch']} images a rank "
+        f"and step, SGD {training['lr']} with momentum {training['momentum']}; target "
+        f"{training['target']:.0%}. torch {about['versions']['torch']}, one thread a rank, "
+        f"{about['cores']} cores ({text(about['processor'])}), Linux {about['kernel']}, "
+        f"{text(about['tc'])}."
+    ]
+    header = ("Method", "MB a step", "Step, s", "Expected, s", "Off by", "Steps to target",
+              "To the target, s", "Sooner than fp32", "Accuracy")  # fmt: skip
+    links = dict.fromkeys((row["ranks"], row["link"]) for row in kept["rows"])
+    for ranks, link in links:
+        chosen = [row for row in kept["rows"] if (row["ranks"], row["link"]) == (ranks, link)]
+        verified = kept["links"].get(f"{ranks} × {link}", {})
+        checked = ", ".join(f"{key}: {number(value, 3)}" for key, value in verified.items())
+        title = f"### {chosen[0]['link_name']}, {ranks} ranks"
+        mode = chosen[0]["mode"]
+        rows = [_network_row(row, final.get((ranks, row["method"]))) for row in chosen]
+        said = f"The link as measured before use: {checked}." if checked else ""
+        parts.append(f"{title}\n\n{mode.capitalize()}. {said}\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def _network_row(row: dict[str, Any], accuracy: float | None) -> tuple[str, ...]:
+    def shown(value: float | None, digits: int = 3) -> str:
+        return "–" if value is None else number(value, digits)
+
+    deviation, seconds = row.get("deviation"), shown(row.get("target_seconds"))
+    if row.get("target_how") == "steps × time":
+        seconds += " (steps × time)"
+    return (
+        text(row["label"]),
+        shown(row["step_bytes"] / 1e6 if "step_bytes" in row else None),
+        shown(row.get("step_seconds")),
+        shown(row.get("expected_seconds")),
+        "–" if deviation is None else f"{deviation:+.0%}",
+        shown(row.get("target_step"), 4),
+        seconds,
+        shown(row.get("sooner")),
+        "–" if accuracy is None else f"{accuracy:.1%}",
+    )

@@ -1,10 +1,13 @@
 """Algorithms against dense recursions of the papers, and processes against the simulation."""
 
+import copy
+import gc
 import io
 import math
 import multiprocessing
 import os
 import re
+import signal
 import time
 
 import numpy as np
@@ -703,6 +706,88 @@ def test_dget_draws_the_same_at_both_points():
     assert len({first, a, c}) == 3
 
 
+# -- messages that travel during the backward pass -------------------------------------------------
+
+OVERLAPPED = ("dsgd", "gt", "extra", "prox_pda", "dget", "chebyshev", "rounds", "accelerated",
+              "directed", "schedule")  # fmt: skip
+
+
+def overlapping():
+    """Each method with and without overlap, by closure and by backward pass and step."""
+    results = {}
+    for name in (*OVERLAPPED, "dsgd, complete"):
+        settings = SETTINGS.get(name, {"method": "dsgd", "topology": Topology.complete(N)})
+        for by_closure in (True, False):
+            if name == "dget" and not by_closure:
+                continue
+            ends = []
+            for overlap in (False, True):
+                model, optimizer, closure = make_optimizer(settings, overlap=overlap)
+                posted = []
+                for step in range(STEPS):
+                    if by_closure:
+                        optimizer.step(closure)
+                    else:
+                        before = optimizer.gossip.bytes_sent
+                        closure()
+                        posted.append(optimizer.gossip.bytes_sent > before)
+                        optimizer.step()
+                    if step == 3:  # what looks at gradients elsewhere sends nothing
+                        optimizer.stationarity(closure)
+                        optimizer.zero_grad()
+                    if step == 5:
+                        model, optimizer = copy.deepcopy((model, optimizer))
+                        a = problem()[dist.get_rank()]
+
+                        def closure(model=model, optimizer=optimizer, a=a):
+                            optimizer.zero_grad()
+                            value = model(a)
+                            value.backward()
+                            return value
+
+                ends.append((flat(model), optimizer.gossip.bytes_sent, posted))
+            results[name, by_closure] = ends
+
+    model, optimizer, closure = make_optimizer({"method": "dsgd"}, overlap=True)
+    closure()
+    model.first.data += 1
+    errors = []
+    for call in (
+        optimizer.step,
+        lambda: make_optimizer({"method": "d2"}, overlap=True),
+        lambda: make_optimizer({"method": "local"}, overlap=True),
+        lambda: make_optimizer(SETTINGS["top-k"], overlap=True),
+    ):
+        try:
+            call()
+        except (RuntimeError, ValueError) as error:
+            errors.append(str(error))
+    # Hooks do not outlive the optimiser.
+    model, optimizer, closure = make_optimizer({"method": "dsgd"}, overlap=True)
+    gossip = optimizer.gossip
+    a = problem()[dist.get_rank()]
+    del optimizer, closure
+    gc.collect()
+    sent = gossip.bytes_sent
+    model(a).backward()
+    return results, errors, gossip.bytes_sent == sent
+
+
+@pytest.mark.processes
+def test_overlap_with_the_backward_pass_changes_nothing_but_when():
+    for results, errors, silent in spawn(overlapping, N):
+        for name, ((x, sent, _), (y, sent_too, posted)) in results.items():
+            assert torch.equal(x, y), name
+            assert sent == sent_too > 0, name
+            assert all(posted), name
+        assert len(results) == 2 * len(OVERLAPPED) + 1
+        assert "must stay as they are from the backward pass to the step" in errors[0]
+        assert "what it sends depends on the gradient" in errors[1]
+        assert "what it sends depends on the gradient" in errors[2]
+        assert "overlap goes with no compressor" in errors[3]
+        assert silent
+
+
 # -- a rank that dies ------------------------------------------------------------------------------
 
 
@@ -718,7 +803,7 @@ def trains_until_it_cannot(pipe, rank, size, port, how):
             if how == "silent":
                 time.sleep(60)
             else:
-                os._exit(1)
+                os.kill(os.getpid(), signal.SIGKILL)
         begin = time.monotonic()
         try:
             optimizer.step(closure)

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 from assay.functional import (
     DenseOperator,
+    ScaledOperator,
+    SpectralDensity,
+    hutchinson_block_draws,
     hutchinson_diagonal,
     hutchinson_trace,
     lanczos,
@@ -97,3 +100,42 @@ def test_what_is_not_finite_is_an_error():
         lanczos(DenseOperator(A), 2, start=torch.zeros(3))
     with pytest.raises(ValueError, match="symmetric"):
         DenseOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+
+
+def test_a_scaled_operator_is_dad():
+    A, scale = _symmetric(8), torch.arange(1.0, 9.0, dtype=torch.float64)
+    v = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    expected = scale.diag() @ A @ scale.diag() @ v
+    torch.testing.assert_close(ScaledOperator(DenseOperator(A), scale) @ v, expected)
+    with pytest.raises(ValueError, match=r"\(8,\)"):
+        ScaledOperator(DenseOperator(A), scale[:3])
+
+
+def test_block_draws_are_unbiased_for_each_block_and_add_up_to_the_trace():
+    A = _symmetric(20)
+    draws = hutchinson_block_draws(
+        DenseOperator(A), [5, 15], probes=2000, generator=torch.Generator().manual_seed(0)
+    )
+    exact = torch.stack([A.diag()[:5].sum(), A.diag()[5:].sum()])
+    error = draws.std(0) / math.sqrt(2000)
+    assert ((draws.mean(0) - exact).abs() < 4 * error).all()
+    whole = hutchinson_trace(
+        DenseOperator(A), probes=2000, generator=torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(draws.sum(1).mean(), whole.mean)
+    with pytest.raises(ValueError, match="add up to 20"):
+        hutchinson_block_draws(DenseOperator(A), [5, 5])
+
+
+def test_pooled_probes_are_those_of_one_run():
+    A = DenseOperator(_symmetric(12))
+    whole = spectral_density(A, probes=3, steps=5, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    parts = [spectral_density(A, probes=1, steps=5, generator=g) for _ in range(3)]
+    pooled = SpectralDensity.pooled(parts)
+    np.testing.assert_array_equal(pooled.nodes, whole.nodes)
+    assert pooled.draws(np.abs).mean() == pytest.approx(whole.draws(np.abs).mean())
+    # Different numbers of steps are padded.
+    short = spectral_density(A, probes=1, steps=3, generator=g)
+    mixed = SpectralDensity.pooled([short, whole])
+    assert mixed.moment(1) == pytest.approx((short.moment(1) + 3 * whole.moment(1)) / 4)

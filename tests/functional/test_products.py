@@ -197,3 +197,29 @@ def test_mistakes_are_named():
     operator = EmpiricalFisherOperator(model.double(), dict_loss, data)
     with pytest.raises(ValueError, match="reduction"):
         operator @ torch.ones(operator.numel)
+
+
+class Once(torch.autograd.Function):
+    """A square whose backward pass is marked as not differentiable."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Marked(nn.Linear):
+    def forward(self, x):
+        return Once.apply(super().forward(x))
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
+def test_what_has_no_second_derivative_is_an_error_and_not_zero(kind):
+    operator = kind(Marked(3, 2), F.cross_entropy, (torch.randn(4, 3), torch.tensor([0, 1, 0, 1])))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        operator @ torch.ones(8)

@@ -1,28 +1,17 @@
 """The pages as a reader has them: opened from disk in a browser, with mouse, keyboard and phone."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import pytest
 
 from assay.lab import Result
 from assay.lab.report import write_gallery, write_report
+from browsing import LEAST_CONTRAST, OVERFLOW
 from report_samples import HOSTILE, PAPER, hostile, write_result
 
 sync_api = pytest.importorskip("playwright.sync_api")
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-]
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+pytestmark = pytest.mark.browser
 AMSGRAD = dataclasses.replace(
     PAPER,
     slug="sample-amsgrad",
@@ -35,42 +24,7 @@ DROPOUT = dataclasses.replace(
     year=2016,
 )  # fmt: skip
 
-# The least contrast of any visible text with what lies behind it, by WCAG's formula.
-LEAST_CONTRAST = """() => {
-  const channels = (text) => text.match(/[\\d.]+/g).map(Number);
-  const luminance = (rgb) => rgb.slice(0, 3)
-    .map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = (element) => {
-    for (let e = element; e; e = e.parentElement) {
-      const colour = channels(getComputedStyle(e).backgroundColor);
-      if (colour.length === 3 || colour[3] === 1) return colour;
-    }
-    return null;
-  };
-  let least = [100, ""];
-  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (texts.nextNode()) {
-    const element = texts.currentNode.parentElement;
-    if (!texts.currentNode.data.trim() || !element.checkVisibility()) continue;
-    const style = getComputedStyle(element);
-    const text = luminance(channels(element.closest("svg") ? style.fill : style.color));
-    const ground = luminance(behind(element));
-    const contrast = (Math.max(text, ground) + 0.05) / (Math.min(text, ground) + 0.05);
-    if (contrast < least[0]) least = [contrast, texts.currentNode.data.trim()];
-  }
-  return least;
-}"""
-OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 FOCUSED = "document.activeElement.closest('th')?.dataset.key ?? document.activeElement.name ?? ''"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -98,25 +52,9 @@ def pages(tmp_path_factory):
 
 
 @pytest.fixture
-def visit(browser, pages):
-    """Open a page; at the end of the test: it has logged no error and asked for nothing else."""
-    contexts, complaints, requests = [], [], []
-
-    def open_page(name, **options):
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(pages.get(name, name))
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+def visit(open_page, pages):
+    """Open a page by its name here, or by its address."""
+    return lambda name, **options: open_page(pages.get(name, name), **options)
 
 
 def titles(page):

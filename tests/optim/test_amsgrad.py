@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from assay.kernels.adam import adam_update_
+from assay.kernels.adam import AdamUpdate, adam_updates_
 from assay.optim import AdamNC, AMSGrad, Box, amsgrad
 from assay.optim.projected_adam import Coefficients, Options, _fused_by_torch
 
@@ -356,7 +356,7 @@ def test_fused_accepts_any_layout(layout):
 
 
 def test_fused_is_the_same_on_several_threads():
-    size = 3 * (1 << 17) + 5
+    size = 5 * (1 << 16) + 5
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(size, generator=generator) for _ in range(2)]
     before = torch.get_num_threads()
@@ -366,7 +366,7 @@ def test_fused_is_the_same_on_several_threads():
             torch.set_num_threads(threads)
             param = tensors[0].clone()
             moments = [torch.zeros(size) for _ in range(3)]
-            adam_update_(
+            update = AdamUpdate(
                 param,
                 tensors[1],
                 *moments,
@@ -379,6 +379,7 @@ def test_fused_is_the_same_on_several_threads():
                 shrink=1.0,
                 maximize=False,
             )
+            adam_updates_([update])
             results.append(torch.stack([param, *moments]))
     finally:
         torch.set_num_threads(before)

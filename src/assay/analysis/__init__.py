@@ -9,6 +9,7 @@ from assay.analysis.boundary_geometry import (
     margin,
     nearest_neighbour,
 )
+from assay.analysis.calibration import calibration_error, confidence_bins, fit_temperature
 from assay.analysis.classifier import Classifier, embedding_of
 from assay.analysis.decision_boundary import (
     BoundarySamples,
@@ -17,6 +18,7 @@ from assay.analysis.decision_boundary import (
     nearest_embedding_pairs,
     random_pairs,
 )
+from assay.analysis.distance import BoundaryDistance, boundary_distance
 from assay.analysis.learning_order import (
     CorrectnessRecorder,
     NestedLearning,
@@ -35,6 +37,13 @@ from assay.analysis.learning_order import (
     order_correlation,
     total_agreement,
     tp_agreement,
+)
+from assay.analysis.lottery import LotteryTicket, Pruning, WeightMask
+from assay.analysis.optimizer_comparison import (
+    Contender,
+    OptimizerComparison,
+    Trial,
+    compare_optimizers,
 )
 from assay.analysis.overparameterization import (
     HardMargin,
@@ -68,6 +77,19 @@ from assay.analysis.rnn_generalization import (
     scaling_derivative,
     smallest_moment,
 )
+from assay.analysis.signal import ModuleSignal, PropagationReport, propagation_report
+from assay.analysis.spectrum import (
+    BlockSharpness,
+    JacobianOperator,
+    Sharpness,
+    block_sharpness,
+    mean_square_singular_value,
+    ntk,
+    ntk_condition_number,
+    ntk_drift,
+    sharpness,
+    singular_values,
+)
 
 __all__ = [
     "RegretTracker",
@@ -77,6 +99,11 @@ __all__ = [
     "DeepDIG",
     "BoundarySamples",
     "bisect_boundary",
+    "calibration_error",
+    "confidence_bins",
+    "fit_temperature",
+    "boundary_distance",
+    "BoundaryDistance",
     "random_pairs",
     "nearest_embedding_pairs",
     "nearest_neighbour",
@@ -128,4 +155,24 @@ __all__ = [
     "log_lambda",
     "rnn_bound",
     "BoundReport",
+    "propagation_report",
+    "PropagationReport",
+    "ModuleSignal",
+    "JacobianOperator",
+    "singular_values",
+    "mean_square_singular_value",
+    "sharpness",
+    "Sharpness",
+    "block_sharpness",
+    "BlockSharpness",
+    "ntk",
+    "ntk_condition_number",
+    "ntk_drift",
+    "LotteryTicket",
+    "WeightMask",
+    "Pruning",
+    "compare_optimizers",
+    "Contender",
+    "OptimizerComparison",
+    "Trial",
 ]

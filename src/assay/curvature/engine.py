@@ -279,13 +279,18 @@ def _one_pass(
             )  # fmt: skip
             del output, value
             with without_autocast():
-                return evaluate(capture, objective, params, settings)
+                return evaluate(capture, objective, params, settings, last=True)
     finally:
         capture.forget()
 
 
 def evaluate(
-    capture: Capture, objective: Objective, params: Mapping[str, Tensor], settings: Settings
+    capture: Capture,
+    objective: Objective,
+    params: Mapping[str, Tensor],
+    settings: Settings,
+    *,
+    last: bool = False,
 ) -> Quantities:
     """All quantities of one captured pass.
 
@@ -294,6 +299,7 @@ def evaluate(
         objective: its loss.
         params: the selected parameters.
         settings: what is wanted.
+        last: whether nobody needs the graph afterwards, so that it may be let go of on the way.
     """
     wanted = settings.quantities
     found: dict[str, dict[str, Any]] = {}
@@ -305,26 +311,25 @@ def evaluate(
         found["grad"] = dict(zip(params, gradient, strict=True))
         return Quantities(found, objective.samples, objective.reduction, objective.weight)
     plan = Plan(capture.record, objective, dict(params))
-    first = wanted & set(FIRST_ORDER)
+    first, second = wanted & set(FIRST_ORDER), wanted & {*EXACT, *MONTE_CARLO}
+    doubtful = plan.doubtful
+    curved: dict[str, dict[str, Any]] = {}
+    if second and not doubtful:
+        # Before there are results of first order: many columns at once take memory.
+        curved = _second_order(plan, settings)
     # Second order alone needs no gradient, unless a rule has to be checked with one.
-    if first or plan.doubtful:
+    if first or doubtful:
+        consume = last and plan.simple and wanted == first | second
         cotangent = torch.full_like(objective.loss, objective.per_sample_scale)
-        gradients = plan.gradients([objective.loss], [cotangent])
+        gradients = plan.gradients([objective.loss], [cotangent], retain_graph=not consume)
         with torch.no_grad():
             plan.check(gradients)
         if first:
-            found |= first_order(plan, gradients, first, settings.buffer)
+            found |= first_order(plan, gradients, first, settings.buffer, consume=consume)
         del gradients
-    if wanted & {*EXACT, *MONTE_CARLO}:
-        found |= second_order(
-            plan,
-            wanted,
-            mc_samples=settings.mc_samples,
-            generator=settings.generator,
-            kfac_approx=settings.kfac_approx,
-            max_features=settings.max_features,
-            buffer=settings.earlier,
-        )
+    if second and doubtful:
+        curved = _second_order(plan, settings)
+    found |= curved
     steps, inputs = capture.record.steps or [], capture.inputs
     if "kfra" in wanted:
         found["kfra"] = kfra(plan, steps, inputs, max_features=settings.max_features)
@@ -333,6 +338,18 @@ def evaluate(
             plan, steps, inputs, wanted, probes=settings.mc_samples, generator=settings.generator
         )
     return Quantities(found, objective.samples, objective.reduction, objective.weight)
+
+
+def _second_order(plan: Plan, settings: Settings) -> dict[str, dict[str, Any]]:
+    return second_order(
+        plan,
+        settings.quantities,
+        mc_samples=settings.mc_samples,
+        generator=settings.generator,
+        kfac_approx=settings.kfac_approx,
+        max_features=settings.max_features,
+        buffer=settings.earlier,
+    )
 
 
 def needs_trace(quantities: frozenset[str]) -> bool:

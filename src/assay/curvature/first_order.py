@@ -1,5 +1,6 @@
 """Quantities of the samples' gradients: all from one backward pass."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ def first_order(
     gradients: list[Tensor],
     quantities: frozenset[str],
     buffer: Callable[[str, str, Tensor, int], Tensor | None],
+    *,
+    consume: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
     """The quantities asked for, by parameter.
 
@@ -25,14 +28,23 @@ def first_order(
         gradients: ∂ℓ_n at every recorded output.
         quantities: some of `FIRST_ORDER`.
         buffer: `(quantity, parameter, its tensor, samples) -> tensor` to write into, or None.
+        consume: whether to let go of each layer's activations and gradients once they have served.
     """
     found: dict[str, dict[str, Tensor]] = {q: {} for q in FIRST_ORDER if q in quantities}
+    left = Counter(id(part.use) for source in plan.sources.values() for part in source.parts)
     for name, source in plan.sources.items():
         buffers = {q: buffer(q, name, source.parameter, plan.objective.samples) for q in found}
         compute = _from_rows if source.single is None else _from_rules
         own = compute(plan, source, gradients, quantities, buffers)
         for quantity in found:
             found[quantity][name] = own[quantity]
+        del own, buffers
+        for part in source.parts if consume else ():
+            left[id(part.use)] -= 1
+            if not left[id(part.use)]:
+                part.use.release()
+                for place in part.where:
+                    gradients[place] = gradients[place].new_empty(0)
     return found
 
 

@@ -1,6 +1,8 @@
 """From what was captured to how each parameter's derivatives are computed."""
 
+import math
 from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,14 @@ from assay.curvature.capture import Record
 from assay.curvature.layout import Layout, candidates
 from assay.curvature.objective import Objective
 from assay.curvature.uses import CallUse, LinearUse, MergedUse, Use, Weight
+
+ROWS_AT_ONCE = 1024
+"""Rows (samples times columns) of one matrix product; more would be faster, but take memory."""
+
+_DENSE_STEPS = {
+    "AddmmBackward0", "MmBackward0", "TBackward0", "ViewBackward0", "ReluBackward0",
+    "TanhBackward0", "SigmoidBackward0", "torch::autograd::AccumulateGrad",
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -75,13 +85,40 @@ class Plan:
 
     # -- gradients -------------------------------------------------------------------------------
 
-    def gradients(self, outputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    def gradients(
+        self, outputs: list[Tensor], cotangents: list[Tensor], *, retain_graph: bool = True
+    ) -> list[Tensor]:
         """At every recorded output, in the dtype of the use's weights."""
         if not self.edges:
             return []
         found = torch.autograd.grad(
-            outputs, self.edges, cotangents, retain_graph=True, allow_unused=True
+            outputs, self.edges, cotangents, retain_graph=retain_graph, allow_unused=True
         )
+        return self._complete(found)
+
+    def column_gradients(self, output: Tensor, columns: Tensor) -> Iterator[list[Tensor]]:
+        """At every recorded output, for one column after the other.
+
+        Args:
+            output: of the model.
+            columns: `(K, *output.shape)`.
+        """
+        at_once = 1
+        if len(columns) > 1 and self.edges and _only_dense_steps(output):
+            most = max(1, ROWS_AT_ONCE // self.objective.samples)
+            at_once = math.ceil(len(columns) / math.ceil(len(columns) / most))
+        for some in columns.split(at_once):
+            if len(some) == 1:
+                yield self.gradients([output], [some[0]])
+                continue
+            found = torch.autograd.grad(
+                [output], self.edges, [some], retain_graph=True, allow_unused=True,
+                is_grads_batched=True,
+            )  # fmt: skip
+            for k in range(len(some)):
+                yield self._complete([None if g is None else g[k] for g in found])
+
+    def _complete(self, found: Sequence[Tensor | None]) -> list[Tensor]:
         return [
             torch.zeros(use.shape, dtype=use.dtype, device=_device(use))
             if g is None
@@ -212,6 +249,13 @@ class Plan:
         return sources
 
     @property
+    def simple(self) -> bool:
+        """Whether one backward pass is all that first order needs of the graph."""
+        return not self.doubtful and all(
+            source.single is not None or source.unused for source in self.sources.values()
+        )
+
+    @property
     def doubtful(self) -> bool:
         """Whether a rule needs `check`."""
         return any(isinstance(use, CallUse) or not use.intact for use in self.uses)
@@ -263,6 +307,25 @@ def _covers_only(use: Use, opaque: dict[str, str]) -> bool:
 
 def _device(use: Use) -> torch.device:
     return next(iter(use.slots.values())).tensor.device
+
+
+def _only_dense_steps(output: Tensor) -> bool:
+    """Whether the graph behind a tensor is one of matrix products and entrywise functions alone.
+
+    For these several columns at once are one larger matrix product. For convolutions they are
+    slower than one after the other, and not every function can do it.
+    """
+    seen = set()
+    stack = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() not in _DENSE_STEPS:
+            return False
+        seen.add(node)
+        stack += [child for child, _ in node.next_functions]
+    return True
 
 
 def _unseen(record: Record, loss: Tensor, params: dict[str, Tensor]) -> dict[str, str]:

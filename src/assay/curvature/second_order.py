@@ -54,8 +54,8 @@ def second_order(
             name: [_maker(q, source, common, buffer(q, name)) for q in wanted]
             for name, source in plan.sources.items()
         }
-        for tangent in columns:
-            gradients = plan.gradients([output], [tangent])
+        gradients_of = plan.column_gradients(output, columns)
+        for tangent, gradients in zip(columns, gradients_of, strict=True):
             for name, source in plan.sources.items():
                 _add_column(plan, source, makers[name], gradients, output, tangent)
         for place, quantity in enumerate(wanted):

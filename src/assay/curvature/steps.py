@@ -13,7 +13,7 @@ def _both(*names: str) -> set[Callable]:
     for name in names:
         for owner in (torch, Tensor):
             function = getattr(owner, name, None)
-            if function is not None:
+            if callable(function):  # torch.float is a dtype
                 found.add(function)
     return found
 

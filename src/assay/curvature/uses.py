@@ -63,6 +63,10 @@ class Use:
         """Whether no saved input was changed in place since."""
         return all(tensor._version == version for tensor, version in self.saved)
 
+    def release(self) -> None:
+        """Let go of what the call was given: the use has served."""
+        self.saved = []
+
     def fits(self, layout: Layout) -> bool:
         """Whether the rule holds if the samples sit there."""
         return True
@@ -127,6 +131,12 @@ class MatrixUse(Use):
     _activations: Tensor | None = None
     _squares: Tensor | None = None
     _covariances: dict[str, Tensor] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """See `Use`."""
+        self.saved, self.input = [], self.input.new_empty(0)
+        self._activations = self._squares = None
+        self._covariances = {}
 
     def is_matrix(self, slot: str) -> bool:
         """See `Use`."""

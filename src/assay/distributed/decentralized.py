@@ -6,6 +6,7 @@ Both hand their vectors to the same update (`assay.distributed.decentralized_upd
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -171,6 +172,11 @@ class DecentralizedOptimizer(Optimizer):
         gamma: See `Gossip`.
         generator: See `Gossip`.
         timeout: Seconds after which a silent rank is an error.
+        overlap: Post the messages of a step at the first gradient of its backward pass (through
+            post-accumulate-grad hooks), so that they travel during the rest of it. For methods
+            that know what they send before the gradient: "dsgd", "gt", "extra", "prox_pda", "dget"
+            and "chebyshev". Parameters must not be changed between backward pass and step, and a
+            backward pass must be followed by a step on all ranks. The iterates are the same.
 
     Attributes:
         gossip: The `Gossip` between ranks; counts rounds and bytes sent.
@@ -182,7 +188,8 @@ class DecentralizedOptimizer(Optimizer):
             was silent for `timeout` seconds.
         TypeError: Parameters differ in dtype or device, or are not real floating-point.
         ValueError: The method is unknown or does not converge with such weights, `lr` is negative,
-            `inner` does not go with the method or holds other parameters, or ranks disagree.
+            `inner` does not go with the method or holds other parameters, `overlap` does not go
+            with the method or a compressor, or ranks disagree.
 
     Example:
         >>> from assay.distributed import Topology
@@ -220,6 +227,7 @@ class DecentralizedOptimizer(Optimizer):
         gamma: float = 1.0,
         generator: Generator | None = None,
         timeout: float | None = None,
+        overlap: bool = False,
     ) -> None:
         _check_lr(lr)
         self.method = find_method(method)
@@ -250,6 +258,10 @@ class DecentralizedOptimizer(Optimizer):
         flat = self._flat()
         self.vectors = {name: torch.zeros_like(flat) for name in self.method.vectors}
         self.steps = 0
+        self.overlap = self._may_start = overlap
+        if overlap:
+            self._check_overlap(flat)
+            self._watch_gradients()
 
     @property
     def _parameters(self) -> list[Tensor]:
@@ -264,6 +276,34 @@ class DecentralizedOptimizer(Optimizer):
         theirs = {id(p) for group in inner.param_groups for p in group["params"]}
         if theirs != {id(p) for p in self._parameters}:
             raise ValueError("inner must be an optimiser of the same parameters as params")
+
+    def _check_overlap(self, flat: Tensor) -> None:
+        if self.method.early(flat, self.vectors) is None:
+            raise ValueError(
+                f"overlap does not go with method {self.method!r}: what it sends depends on the "
+                "gradient"
+            )
+        if self.gossip.compressor is not None:
+            raise ValueError(f"overlap goes with no compressor, got {self.gossip.compressor!r}")
+
+    def _watch_gradients(self) -> None:
+        """Start mixing at the first gradient; hooks must not keep this optimiser alive."""
+        self._may_start, reference = True, weakref.ref(self)
+
+        def begin(_: Tensor) -> None:
+            optimizer = reference()
+            if optimizer is not None:
+                optimizer._start_mixing()
+
+        for parameter in self._parameters:
+            parameter.register_post_accumulate_grad_hook(begin)
+
+    def _start_mixing(self) -> None:
+        if self._may_start:
+            self._may_start = False
+            first = self.method.early(self._flat(), self.vectors)
+            assert first is not None
+            self.gossip.start(first)
 
     @property
     def needs_full_batch(self) -> bool:
@@ -286,13 +326,16 @@ class DecentralizedOptimizer(Optimizer):
             ValueError: The method needs a closure and there is none.
             RuntimeError: Another rank died or was silent for too long.
         """
-        x = self._flat()
         before = torch.get_rng_state()
         losses = []
+        if self.overlap and closure is not None:  # its backward pass starts the mixing
+            with torch.enable_grad():
+                losses.append(closure())
+        x, self._may_start = self._flat(), False
 
         def gradient(point: Tensor) -> Tensor:
             if point is x:
-                if closure is not None:
+                if closure is not None and not losses:
                     with torch.enable_grad():
                         losses.append(closure())
                 return self._flat_gradient() if self.inner is None else self._inner_movement(x)
@@ -306,6 +349,7 @@ class DecentralizedOptimizer(Optimizer):
         new = self.method.update(x, gradient, self.vectors, self.gossip, self._lr(), self.steps)
         self._write(new)
         self.steps += 1
+        self._may_start = self.overlap
         return losses[0] if losses else None
 
     def _lr(self) -> float | Tensor:
@@ -355,11 +399,13 @@ class DecentralizedOptimizer(Optimizer):
         """Parameters at another point for a moment; gradients come back too."""
         here = self._flat()
         gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+        may_start, self._may_start = self._may_start, False
         self._write(point)
         try:
             yield
         finally:
             self._write(here)
+            self._may_start = may_start
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
 
@@ -429,8 +475,14 @@ class DecentralizedOptimizer(Optimizer):
             self.inner.load_state_dict(own["inner"])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("method", "inner", "gossip", "vectors", "steps")
+        own = ("method", "inner", "gossip", "vectors", "steps", "overlap")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._may_start = self.overlap
+        if self.overlap:  # copies of parameters come without hooks
+            self._watch_gradients()
 
     def __deepcopy__(self, memo: dict) -> "DecentralizedOptimizer":
         """Copy with parameters of its own in the same process group."""

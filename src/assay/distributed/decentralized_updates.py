@@ -56,6 +56,10 @@ class Method:
         """The next iterate; `state` holds `vectors` and is changed."""
         raise NotImplementedError
 
+    def early(self, x: Tensor, state: State) -> Tensor | None:
+        """What `update` will mix first, if that is known before the gradient is; else None."""
+        return None
+
     def check(self, gossip: Any) -> None:
         """Raise a `ValueError` unless the algorithm converges with these weights."""
         name = type(self).__name__
@@ -99,6 +103,10 @@ class DGD(Method):
     Reference:
         Nedić, Ozdaglar, Distributed Subgradient Methods for Multi-Agent Optimization, 2009.
     """
+
+    def early(self, x: Tensor, state: State) -> Tensor:
+        """X."""
+        return x
 
     def update(
         self, x: Tensor, gradient: Gradient, state: State, gossip: Any, lr: Any, step: int
@@ -163,12 +171,16 @@ class GradientTracking(Method):
 
     vectors: ClassVar[tuple[str, ...]] = ("tracker", "gradient")
 
+    def early(self, x: Tensor, state: State) -> Tensor:
+        """X and Y."""
+        return torch.cat([x, state["tracker"]], -1)
+
     def update(
         self, x: Tensor, gradient: Gradient, state: State, gossip: Any, lr: Any, step: int
     ) -> Tensor:
         """Mix iterate and tracker, correct the tracker by the change of the gradient, descend."""
         new = self.estimate(x, gradient, state, step)
-        mixed, tracker = gossip.mix(torch.cat([x, state["tracker"]], -1)).chunk(2, -1)
+        mixed, tracker = gossip.mix(self.early(x, state)).chunk(2, -1)
         state["tracker"] = tracker + new - state["gradient"]
         state["gradient"] = new
         return mixed - lr * state["tracker"]
@@ -246,6 +258,10 @@ class EXTRA(Method):
 
     vectors: ClassVar[tuple[str, ...]] = ("correction",)
     linear: ClassVar[bool] = True
+
+    def early(self, x: Tensor, state: State) -> Tensor:
+        """X."""
+        return x
 
     def update(
         self, x: Tensor, gradient: Gradient, state: State, gossip: Any, lr: Any, step: int
@@ -332,6 +348,10 @@ class ProxPDA(Method):
                 f"{float(between.min()):.6g}"
             )
 
+    def early(self, x: Tensor, state: State) -> Tensor:
+        """X."""
+        return x
+
     def update(
         self, x: Tensor, gradient: Gradient, state: State, gossip: Any, lr: Any, step: int
     ) -> Tensor:
@@ -377,6 +397,10 @@ class ChebyshevFiltered(Method):
 
     vectors: ClassVar[tuple[str, ...]] = ("dual",)
     linear: ClassVar[bool] = True
+
+    def early(self, x: Tensor, state: State) -> Tensor:
+        """X."""
+        return x
 
     def update(
         self, x: Tensor, gradient: Gradient, state: State, gossip: Any, lr: Any, step: int

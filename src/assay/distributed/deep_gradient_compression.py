@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from assay.distributed.blockwise import Blockwise, pack, unpack
 from assay.distributed.combinations import Compose, ErrorFeedback
 from assay.distributed.compressors import Compressor, Identity, check_floating, draw_seed
-from assay.distributed.hooks import _exchange, _ring_bytes
+from assay.distributed.hooks import all_reduce, exchange, ring_bytes
 from assay.distributed.payload import Payload
 from assay.distributed.selection import SampledTopK
 from assay.distributed.sparsifiers import Sparsifier
@@ -517,8 +517,8 @@ class DGCState:
         if self.world_size == 1:
             return not bad
         anywhere = torch.tensor(int(bad), device=gradients[0].device)
-        dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self.group)
-        self.bytes_sent += _ring_bytes(anywhere, self.world_size)
+        all_reduce(anywhere, self.group, dist.ReduceOp.MAX)
+        self.bytes_sent += ring_bytes(anywhere, self.world_size)
         return not anywhere
 
     def _average_dense(self, sent: Sequence[Sent], factor: float) -> None:
@@ -527,8 +527,8 @@ class DGCState:
             return
         flat = torch.cat([payload.tensors[0] for _, payload, _ in sent])
         if self.world_size > 1:
-            dist.all_reduce(flat, group=self.group)
-            self.bytes_sent += _ring_bytes(flat, self.world_size)
+            all_reduce(flat, self.group)
+            self.bytes_sent += ring_bytes(flat, self.world_size)
         flat *= factor
         parts = flat.split([len(output) for _, _, output in sent])
         for (_, _, output), part in zip(sent, parts, strict=True):
@@ -543,7 +543,7 @@ class DGCState:
             messages = [own]
         else:
             copies = [own.to_bytes()] * self.world_size
-            received, bytes_sent = _exchange(copies, self.group)
+            received, bytes_sent = exchange(copies, self.group)
             self.bytes_sent += bytes_sent
             messages = [Payload.from_bytes(message, (), own.dtype) for message in received]
         for message in messages:

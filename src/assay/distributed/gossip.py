@@ -22,6 +22,7 @@ from assay.distributed.combinations import ErrorFeedback
 from assay.distributed.compressors import Compressor, draw_seed
 from assay.distributed.payload import Payload
 from assay.distributed.topology import MixingMatrix, TopologySchedule, as_mixing
+from assay.kernels.weighted_sum import weighted_sum
 
 __all__ = ["Gossip", "SimulatedGossip", "chebyshev_rounds"]
 
@@ -391,6 +392,7 @@ class Gossip(_Mixer):
         self._random = [_generator(self.seed, self.rank)]
         self._agreed: set[tuple[int, torch.dtype]] = set()
         self._buffers: list[Tensor] = []
+        self._started: tuple[Tensor, Callable[[], Tensor]] | None = None
 
     def _open(self) -> dist.ProcessGroup:
         group = dist.new_group(
@@ -418,7 +420,7 @@ class Gossip(_Mixer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the process group, which cannot be pickled; the first exchange opens one."""
         random = [generator.get_state() for generator in self._random]
-        return vars(self) | {"group": None, "_buffers": [], "_random": random}
+        return vars(self) | {"group": None, "_buffers": [], "_random": random, "_started": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -428,9 +430,25 @@ class Gossip(_Mixer):
         """Copy with its own memory and random state in the same process group."""
         twin = copy.copy(self)
         twin.group = self.group
-        twin._agreed = set(self._agreed)
+        twin._agreed, twin._buffers, twin._started = set(self._agreed), [], None
         twin.load_state_dict(copy.deepcopy(self.state_dict()))
         return twin
+
+    @torch.no_grad()
+    def start(self, x: Float[Tensor, " d"]) -> None:
+        """Post the first messages of the next `mix(x)` now, to compute while they travel.
+
+        Args:
+            x: What `mix` will be given; a second call before that changes nothing.
+
+        Raises:
+            ValueError: There is a compressor, whose messages cannot be posted at once.
+        """
+        if self.compressor is not None:
+            raise ValueError(f"start goes with no compressor, got {self.compressor!r}")
+        if self._started is None:
+            x = x.detach().contiguous()
+            self._started = x, self._begin(self.rounds_done % len(self.phases), x)
 
     @torch.no_grad()
     def mix_(self, tensors: Iterable[Tensor]) -> None:
@@ -451,12 +469,19 @@ class Gossip(_Mixer):
 
     def mean(self, x: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         """Mean over all ranks by an all-reduce."""
+        return self._begin_mean(x)()
+
+    def _begin_mean(self, x: Tensor) -> Callable[[], Tensor]:
         self._prepare(x)
         total, others = x.detach().clone(), "another rank"
         work = self._guard(lambda: dist.all_reduce(total, group=self.group, async_op=True), others)
-        self._finish(work, others)
         self.bytes_sent += _all_reduce_bytes(x.nbytes, self.size)
-        return total.div_(self.size)
+
+        def finish() -> Tensor:
+            self._finish(work, others)
+            return total.div_(self.size)
+
+        return finish
 
     def local(self, values: Float[Tensor, " n"]) -> float:
         """This rank's entry."""
@@ -468,19 +493,33 @@ class Gossip(_Mixer):
     # -- messages ------------------------------------------------------------------------------
 
     def _apply(self, phase: int, x: Tensor) -> Tensor:
+        if self._started is None:
+            return self._begin(phase, x)()
+        (posted, finish), self._started = self._started, None
+        mixed = finish()
+        if not torch.equal(posted, x):
+            raise RuntimeError(
+                "mix must be given what `start` was, but values have changed in between: "
+                "parameters must stay as they are from the backward pass to the step"
+            )
+        return mixed
+
+    def _begin(self, phase: int, x: Tensor) -> Callable[[], Tensor]:
+        """Post a round's messages; a call that waits for them and gives W x."""
         if self._uniform[phase]:
-            return self.mean(x)
+            return self._begin_mean(x)
         self._prepare(x)
         x, sources, row = x.contiguous(), self._sources[phase], self._rows[phase]
         buffers = self._receive_buffers(x, len(sources))
         arrivals = self._post(x, buffers, phase)
-        mixed = x * row[self.rank]  # while messages travel
-        for source, buffer, arrived in zip(sources, buffers, arrivals, strict=False):
-            arrived()
-            mixed.add_(buffer, alpha=row[source])
-        for sent in arrivals[len(sources) :]:
-            sent()
-        return mixed
+
+        def finish() -> Tensor:
+            for done in arrivals:
+                done()
+            weights = [row[self.rank], *(row[source] for source in sources)]
+            return weighted_sum([x, *buffers], weights)
+
+        return finish
 
     def _apply_compressed(self, difference: Tensor) -> tuple[Tensor, Tensor]:
         assert isinstance(self.compressor, Compressor)

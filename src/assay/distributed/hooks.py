@@ -5,10 +5,12 @@ shard a rank, send each compressed shard to its owner, let owners add, and gathe
 sums. Every rank decodes the same bytes and holds the same result bit for bit.
 """
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,7 +24,14 @@ from assay.distributed.combinations import ErrorFeedback
 from assay.distributed.compressors import Compressor, NaturalCompressor, draw_seed
 from assay.distributed.payload import Payload
 
-__all__ = ["CompressionState", "two_way_compression_hook", "CompressedReduceScatter"]
+__all__ = [
+    "CompressionState",
+    "two_way_compression_hook",
+    "CompressedReduceScatter",
+    "all_reduce",
+    "exchange",
+    "ring_bytes",
+]
 
 
 class CompressionState:
@@ -32,7 +41,7 @@ class CompressionState:
     its messages never mix with other communication.
 
     Args:
-        process_group: Ranks to exchange with; all by default.
+        process_group: Ranks to exchange with; all by default. Its timeout is kept.
         worker: Compressor C_W of each rank's gradient (default: natural compression).
         master: Compressor C_M of the sum (default: natural compression).
         generator: CPU generator that randomness starts from (default: torch's initial seed). Each
@@ -84,6 +93,7 @@ class CompressionState:
         self.warmup_steps, self.min_numel = warmup_steps, min_numel
         group = dist.new_group(
             dist.get_process_group_ranks(process_group or dist.group.WORLD),
+            timeout=_timeout(process_group or dist.group.WORLD),
             backend=dist.get_backend(process_group),
             use_local_synchronization=True,
         )
@@ -123,6 +133,12 @@ class CompressionState:
         One thread only: collectives must start in the same order on every rank.
         """
         return ThreadPoolExecutor(1, thread_name_prefix="assay-hook")
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """What a group was opened with; a new one would wait for half an hour instead."""
+    device = torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda")
+    return getattr(group._get_backend(device).options, "_timeout", None)
 
 
 def two_way_compression_hook(state: CompressionState, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -207,19 +223,19 @@ def _fitting(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _average(state: CompressionState, x: Float[Tensor, " d"]) -> None:
     x /= state.world_size
-    dist.all_reduce(x, group=state.group)
-    state.bytes_sent += _ring_bytes(x, state.world_size)
+    all_reduce(x, state.group)
+    state.bytes_sent += ring_bytes(x, state.world_size)
 
 
 def _average_compressed(state: CompressionState, x: Float[Tensor, " d"]) -> None:
     shards = x.tensor_split(state.world_size)
     messages = [state.worker.compress(s, generator=state.generator).to_bytes() for s in shards]
-    received, sent = _exchange(messages, state.group)
+    received, sent = exchange(messages, state.group)
     state.bytes_sent += sent
     total = _decoded_sum(received, shards[state.rank], state.worker)
     message = state.master.compress(total, generator=state.generator).to_bytes()
     # The owner alone draws for its shard; it sends it to itself too, so that all decode alike.
-    received, sent = _exchange([message] * state.world_size, state.group)
+    received, sent = exchange([message] * state.world_size, state.group)
     state.bytes_sent += sent
     for theirs, shard in zip(received, shards, strict=True):
         shard.copy_(state.master.decompress(Payload.from_bytes(theirs, shard.shape, x.dtype)))
@@ -233,15 +249,15 @@ def _average_integers(state: CompressionState, x: Float[Tensor, " d"]) -> None:
     seed = int(draw_seed(state.generator)) if state.rank == 0 else 0
     agreed = torch.stack([integers.largest_exponent(rounded).cpu(), torch.tensor(seed)])
     agreed = agreed.to(x.device)
-    dist.all_reduce(agreed, dist.ReduceOp.MAX, group=state.group)
-    state.bytes_sent += _ring_bytes(agreed, n)
+    all_reduce(agreed, state.group, dist.ReduceOp.MAX)
+    state.bytes_sent += ring_bytes(agreed, n)
     exponent, seed = agreed.tolist()
     if exponent == integers.NOT_FINITE:
         _average(state, x)
         return
     total = integers.to_integers(rounded, exponent, n, state.generator)
-    dist.all_reduce(total, group=state.group)
-    state.bytes_sent += _ring_bytes(total, n)
+    all_reduce(total, state.group)
+    state.bytes_sent += ring_bytes(total, n)
     master = seed if isinstance(state.master, NaturalCompressor) else None
     x.copy_(integers.from_integers(total, exponent, n, x.dtype, master)).div_(n)
 
@@ -298,7 +314,7 @@ class CompressedReduceScatter:
         wide = input_tensor.view(-1).to(torch.promote_types(input_tensor.dtype, torch.float32))
         shards = wide.tensor_split(n)
         messages = [self.worker.compress(s, generator=self.generator).to_bytes() for s in shards]
-        received, sent = _exchange(messages, group)
+        received, sent = exchange(messages, group)
         self.bytes_sent += sent
         total = _decoded_sum(received, shards[dist.get_rank(group)], self.worker)
         if op == dist.ReduceOp.AVG:
@@ -318,19 +334,57 @@ def _check_compressor(name: str, compressor: object) -> None:
         )
 
 
-def _exchange(
+@contextlib.contextmanager
+def losing_ranks(group: Any) -> Iterator[None]:
+    """Say in plain words what an error of a collective inside means: another rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank(group)} lost another rank while it exchanged gradients: one of "
+            "them ended, or was silent for the timeout of the process group. Restart all ranks "
+            "from their last checkpoint."
+        ) from error
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """All-reduce in place, with a clear error when a rank is lost; gives `x` back."""
+    with losing_ranks(group or dist.group.WORLD):
+        dist.all_reduce(x, op, group=group)
+    return x
+
+
+def exchange(
     messages: list[UInt8[Tensor, " _"]], group: dist.ProcessGroup
 ) -> tuple[list[UInt8[Tensor, " _"]], int]:
-    """Send `messages[i]` to rank i; what all ranks sent to this one, and the bytes that left it."""
+    """Send a message to each rank of a group, whatever their lengths.
+
+    Receives are posted before sends: gloo tells the sender of a receive in the same stream as data,
+    and a note behind megabytes of data would make the two directions wait for each other.
+
+    Args:
+        messages: The i-th is for rank i of the group; this rank's own is handed back as it is.
+        group: Ranks that all call this.
+
+    Returns:
+        What all ranks sent to this one, and the bytes that left it.
+    """
     rank, device = dist.get_rank(group), messages[0].device
     sizes = torch.tensor([len(message) for message in messages], device=device)
     theirs = torch.empty_like(sizes)
-    dist.all_to_all_single(theirs, sizes, group=group)
-    splits = theirs.tolist()
-    received = torch.empty(sum(splits), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(received, torch.cat(messages), splits, sizes.tolist(), group=group)
-    sent = sum(len(m) + sizes.element_size() for i, m in enumerate(messages) if i != rank)
-    return list(received.split(splits)), sent
+    with losing_ranks(group):
+        dist.all_to_all_single(theirs, sizes, group=group)
+    others = [peer for peer in range(len(messages)) if peer != rank]
+    received = list(messages)
+    for peer in others:
+        received[peer] = torch.empty(int(theirs[peer]), dtype=torch.uint8, device=device)
+    receives = [dist.P2POp(dist.irecv, received[i], group=group, group_peer=i) for i in others]
+    sends = [dist.P2POp(dist.isend, messages[i], group=group, group_peer=i) for i in others]
+    if others:
+        with losing_ranks(group):
+            for work in dist.batch_isend_irecv([*receives, *sends]):
+                work.wait()
+    return received, sum(len(messages[i]) + sizes.element_size() for i in others)
 
 
 def _decoded_sum(messages: list[Tensor], like: Tensor, compressor: Compressor) -> Tensor:
@@ -343,6 +397,6 @@ def _decoded_sum(messages: list[Tensor], like: Tensor, compressor: Compressor) -
     return first
 
 
-def _ring_bytes(x: Tensor, workers: int) -> int:
+def ring_bytes(x: Tensor, workers: int) -> int:
     """Bytes that a rank sends in a ring all-reduce of `x`."""
     return 2 * (workers - 1) * x.numel() * x.element_size() // workers

@@ -50,13 +50,13 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 
     try:
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            job = (_located(fn), pickle.dumps(args), rank, world_size, store.port, timeout)
-            process = context.Process(target=_child, args=(sender, *job), daemon=True)
+            job = (job_of(fn, args), rank, world_size, ("127.0.0.1", store.port), timeout)
+            process = context.Process(target=work, args=(sender, *job), daemon=True)
             process.start()
             sender.close()
             receivers.append(receiver)
             processes.append(process)
-        return _collect(receivers, time.monotonic() + timeout)
+        return collect(receivers, time.monotonic() + timeout)
     finally:
         for process, receiver in zip(processes, receivers, strict=True):
             process.join(2)  # those that are done leave by themselves
@@ -75,10 +75,17 @@ def _context() -> Any:
     return context
 
 
-def _located(fn: Callable[..., Any]) -> tuple[str | None, str, str]:
-    """Where a child finds `fn`: test files are not always importable by name."""
+Job = tuple[str | None, str, str, bytes]  # file, module and name of a function; its arguments
+
+
+def job_of(fn: Callable[..., Any], args: tuple) -> Job:
+    """Where another process finds `fn` (test files are not always importable by name), and `args`.
+
+    A file that is run as a program is imported there under another name.
+    """
     module = sys.modules[fn.__module__]
-    return getattr(module, "__file__", None), fn.__module__, fn.__qualname__
+    name = "__assay_main__" if fn.__module__ == "__main__" else fn.__module__
+    return getattr(module, "__file__", None), name, fn.__qualname__, pickle.dumps(args)
 
 
 def _find(file: str | None, module: str, name: str) -> Callable[..., Any]:
@@ -93,24 +100,36 @@ def _find(file: str | None, module: str, name: str) -> Callable[..., Any]:
     return getattr(found, name)
 
 
-def _child(
+def work(
     sender: Connection,
-    location: tuple[str | None, str, str],
-    args: bytes,
+    job: Job,
     rank: int,
     world_size: int,
-    port: int,
+    address: tuple[str, int],
     timeout: float,
+    host: bool = False,
 ) -> None:
+    """Join a gloo group that meets at `address`, do a job, and send back what came of it.
+
+    Args:
+        sender: Where to: True and the pickled result, or False and a traceback.
+        job: From `job_of`.
+        rank: Of this process.
+        world_size: Number of processes.
+        address: Host and port of the store.
+        timeout: Seconds that the group waits for a silent rank.
+        host: Open the store here.
+    """
     try:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         torch.set_num_threads(1)
         limit = timedelta(seconds=timeout)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+        store = dist.TCPStore(*address, is_master=host, timeout=limit, wait_for_workers=False)
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=limit
         )
-        result = _find(*location)(*pickle.loads(args))
+        file, module, name, args = job
+        result = _find(file, module, name)(*pickle.loads(args))
         # As bytes: tensors would otherwise travel through shared memory that dies with the child.
         sender.send((True, pickle.dumps(result)))
         dist.barrier()
@@ -119,7 +138,8 @@ def _child(
         sender.send((False, traceback.format_exc()))
 
 
-def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
+def collect(receivers: list[Connection], deadline: float) -> list[Any]:
+    """Results of `work`, by rank; raises what `spawn` says."""
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
         open_ = [r for rank, r in enumerate(receivers) if rank not in results]

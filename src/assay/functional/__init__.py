@@ -11,9 +11,11 @@ from assay.functional.ensemble import (
 from assay.functional.krylov import (
     DenseOperator,
     Estimate,
+    ScaledOperator,
     SpectralDensity,
     SymmetricOperator,
     Tridiagonal,
+    hutchinson_block_draws,
     hutchinson_diagonal,
     hutchinson_trace,
     lanczos,
@@ -40,6 +42,7 @@ from assay.functional.products import (
     repeatable,
     select_parameters,
 )
+from assay.functional.reinitialization import reinitialize
 from assay.functional.training import evaluate_classifier, fit
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
     "EmpiricalFisherOperator",
     "SymmetricOperator",
     "DenseOperator",
+    "ScaledOperator",
     "Tridiagonal",
     "lanczos",
     "top_eigenvalues",
@@ -67,6 +71,7 @@ __all__ = [
     "spectral_density",
     "Estimate",
     "hutchinson_trace",
+    "hutchinson_block_draws",
     "hutchinson_diagonal",
     "Likelihood",
     "per_sample_loss",
@@ -76,6 +81,7 @@ __all__ = [
     "Bisection",
     "running_norms",
     "update_bn",
+    "reinitialize",
     "fit",
     "evaluate_classifier",
     "Ensemble",

@@ -1,5 +1,6 @@
 """Eigenvalues, spectral densities, traces and diagonals of matrices known by their products."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -103,6 +104,57 @@ class DenseOperator:
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """The product with `(P,)` or `(P, K)`."""
         return self.matrix @ vectors
+
+
+class ScaledOperator:
+    """D A D for a diagonal matrix D: a curvature in other units of the parameters.
+
+    With D = diag(|θ|) the Hessian is that in relative changes of the weights. A rescaling of
+    layers or neurons that leaves a network's function alone multiplies θ_i by some a_i and
+    divides ∇²L's entry (i, j) by a_i a_j, so it leaves D A D alone.
+
+    Args:
+        operator: symmetric, A.
+        scale: the diagonal of D, `(P,)`.
+
+    Raises:
+        ValueError: if `scale` does not have one entry a row.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator, ScaledOperator
+        >>> ScaledOperator(DenseOperator(torch.eye(2)), torch.tensor([2.0, 3.0])) @ torch.ones(2)
+        tensor([4., 9.])
+
+    Reference:
+        Kwon, Kim, Park, Choi, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
+        Learning of Deep Neural Networks", ICML 2021.
+    """
+
+    def __init__(self, operator: SymmetricOperator, scale: Tensor) -> None:
+        if scale.shape != (operator.numel,):
+            raise ValueError(f"scale must have shape ({operator.numel},), got {tuple(scale.shape)}")
+        self.operator = operator
+        self.scale = scale.detach().to(dtype=operator.dtype, device=operator.device)
+
+    @property
+    def numel(self) -> int:
+        """Number of rows."""
+        return self.operator.numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return self.operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the products."""
+        return self.operator.device
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """The product with `(P,)`."""
+        return self.scale * (self.operator @ (self.scale * vectors))
 
 
 def lanczos(
@@ -262,9 +314,37 @@ class SpectralDensity:
     weights: Float[np.ndarray, "probes m"]
     numel: int
 
+    @classmethod
+    def pooled(cls, parts: Sequence["SpectralDensity"]) -> "SpectralDensity":
+        """One density of the probes of several estimates of the same spectrum.
+
+        Args:
+            parts: at least one; their numbers of steps may differ.
+        """
+        length = max(part.nodes.shape[1] for part in parts)
+
+        def stacked(arrays: Iterable[np.ndarray]) -> np.ndarray:
+            padded = [
+                np.pad(a, ((0, 0), (0, length - a.shape[1])), constant_values=np.nan)
+                for a in arrays
+            ]
+            return np.concatenate(padded)
+
+        nodes, weights = (stacked(part.nodes for part in parts),
+                          stacked(part.weights for part in parts))  # fmt: skip
+        return cls(nodes, weights, parts[0].numel)
+
+    def draws(self, function: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, " probes"]:
+        """Each probe's estimate of the mean of f(λ) over the spectrum.
+
+        Args:
+            function: f, of an array of eigenvalues.
+        """
+        return np.nansum(self.weights * function(self.nodes), axis=1)
+
     def moment(self, order: int) -> float:
         """Mean of λ^order over the spectrum; `order=1` times P is the trace."""
-        return float(np.nansum(self.weights * self.nodes**order, axis=1).mean())
+        return float(self.draws(lambda nodes: nodes**order).mean())
 
     def grid(
         self, points: int = 1000, sigma: float | None = None, margin: float = 0.05
@@ -376,6 +456,45 @@ def hutchinson_trace(
         6.0
     """
     return _hutchinson(operator, probes, generator, lambda v, product: (v * product).sum())
+
+
+def hutchinson_block_draws(
+    operator: SymmetricOperator,
+    sizes: Sequence[int],
+    *,
+    probes: int = 16,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "probes blocks"]:
+    """Draws of the traces of the diagonal blocks: v_b · (Av)_b over random signs v.
+
+    Each column is unbiased for the trace of its block, and the sum of a row for the whole trace.
+
+    Args:
+        operator: symmetric.
+        sizes: rows of each block, in order.
+        probes: products to spend.
+        generator: source of the signs, on the CPU.
+
+    Raises:
+        ValueError: if the sizes do not add up to the operator's, or `probes` < 1.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional import DenseOperator, hutchinson_block_draws
+        >>> A = DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
+        >>> hutchinson_block_draws(A, [2, 1], probes=1)
+        tensor([[3., 4.]])
+    """
+    if sum(sizes) != operator.numel:
+        raise ValueError(f"sizes must add up to {operator.numel}, got {sum(sizes)}")
+    if probes < 1:
+        raise ValueError(f"probes must be at least 1, got {probes}")
+    draws = []
+    for _ in range(probes):
+        signs = torch.randint(2, (operator.numel,), generator=generator)
+        v = (2 * signs - 1).to(operator.dtype).to(operator.device)
+        draws.append(torch.stack([part.sum() for part in (v * (operator @ v)).split(list(sizes))]))
+    return torch.stack(draws)
 
 
 def hutchinson_diagonal(

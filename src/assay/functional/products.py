@@ -155,6 +155,7 @@ class LossOperator(ABC):
         self.layout = ParameterLayout.over(self.params)
         self.single = isinstance(data, tuple) and len(data) == 2
         self._data: Iterable[Batch] = [data] if self.single else data  # type: ignore[list-item]
+        self._known_twice = False
 
     @property
     def numel(self) -> int:
@@ -224,6 +225,9 @@ class LossOperator(ABC):
         if not pairs:
             return [torch.zeros_like(i) for i in inputs]
         moving, along = zip(*pairs, strict=True)
+        if not self._known_twice:
+            _check_twice_differentiable(moving)
+            self._known_twice = True
         return self._grad(list(moving), inputs, list(along), retain_graph=True)
 
     @abstractmethod
@@ -441,6 +445,25 @@ class EmpiricalFisherOperator(LossOperator):
         pulled = self._grad(terms, params, w, create_graph=True)
         (along,) = self._grad(pulled, [w], v, retain_graph=True)
         return self._grad(terms, params, along / len(terms))
+
+
+def _check_twice_differentiable(tensors: Iterable[Tensor]) -> None:
+    """Raise where autograd would leave out, in silence, what has no second derivative.
+
+    A backward pass marked `once_differentiable` ends in a node that raises when it is reached; but
+    no path leads from it to the parameters, so it never is, and their derivative would be zero.
+    """
+    seen, stack = set(), [tensor.grad_fn for tensor in tensors]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "a function of the model is marked once_differentiable: it has no second derivative"
+            )
+        seen.add(node)
+        stack += [following for following, _ in node.next_functions]
 
 
 def _batch_size(inputs: Any) -> int:

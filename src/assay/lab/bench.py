@@ -45,14 +45,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds measured by a benchmark that has to alternate by itself (several processes).
+    """What a benchmark measured that has to alternate by itself (several processes).
 
     Args:
-        ours: seconds of Assay's calls.
+        ours: seconds of Assay's calls, or what else `unit` says.
         peer: seconds of the other's, pair by pair.
         peer_name: what it is called.
         peer_version: of the package it comes from.
         extra: further figures for the row.
+        unit: of the figures.
 
     Raises:
         ValueError: if the two differ in length or are empty.
@@ -68,6 +69,7 @@ class Samples:
     peer_name: str
     peer_version: str
     extra: Mapping[str, float | str] = field(default_factory=dict)
+    unit: str = "s"
 
     def __post_init__(self) -> None:
         if len(self.ours) != len(self.peer) or not self.ours:
@@ -86,7 +88,10 @@ class Benchmark:
 
 
 class Row(BaseModel):
-    """One row of the benchmark table; `ratio` is ours / peer, below 1 we are faster."""
+    """One row of the benchmark table; `ratio` is ours / peer, below 1 is better.
+
+    `ours_seconds` and `peer_seconds` are in `unit` where that is something else.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -104,6 +109,7 @@ class Row(BaseModel):
     verdict: Literal["met", "missed", "reported"]
     extra: dict[str, float | str]
     torch: str
+    unit: str = "s"
 
 
 def benchmark(
@@ -195,6 +201,7 @@ def measure(entry: Benchmark, repeats: int = REPEATS) -> Row:
         verdict=verdict,
         extra=dict(made.extra),
         torch=torch.__version__,
+        unit=made.unit if isinstance(made, Samples) else "s",
     )
 
 

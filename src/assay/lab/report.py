@@ -11,7 +11,7 @@ import hashlib
 import shlex
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,6 @@ from assay.lab.result import (
     ClaimResult,
     Provenance,
     Result,
-    Table,
     file_name,
     write_atomically,
 )
@@ -365,10 +364,10 @@ def _cell(value: Cell) -> str:
     return value if isinstance(value, str) else numerals.number(value)
 
 
-def _columns(table: Table) -> list[tuple[str, bool]]:
+def _columns(rows: Sequence[Mapping[str, Cell]]) -> list[tuple[str, bool]]:
     """Name of each column, in order of appearance, and whether it holds numbers alone."""
-    names = dict.fromkeys(name for row in table.rows for name in row)
-    cells = {name: [row.get(name) for row in table.rows] for name in names}
+    names = dict.fromkeys(name for row in rows for name in row)
+    cells = {name: [row.get(name) for row in rows] for name in names}
     return [(name, all(_is_number_or_none(c) for c in cells[name])) for name in names]
 
 
@@ -428,6 +427,7 @@ def render_page(
     script: str,
     image_source: str = "data:",
     package: str = "assay.lab",
+    filters: Mapping[str, Callable] | None = None,
     **context: Any,
 ) -> str:
     """Render a template into a page that needs nothing beside it and runs its own script alone.
@@ -437,9 +437,11 @@ def render_page(
         script: name of its script, among the templates.
         image_source: where images may come from, as a content security policy says it.
         package: whose folder `templates` holds both; the lab's are found from everywhere.
+        filters: further ones for the package's templates.
         context: for the template.
     """
     environment = _environment(package)
+    environment.filters.update(filters or {})
     code = _asset(environment, script)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode("ascii")
     return environment.get_template(template).render(

@@ -12,6 +12,16 @@ from assay.optim.dual_preconditioning import (
     Power,
     SignedLog,
 )
+from assay.optim.initialization import (
+    EdgeOfChaos,
+    MeanField,
+    critical_,
+    delta_orthogonal_,
+    edge_of_chaos,
+    fixup_,
+    lsuv_,
+    mean_field,
+)
 from assay.optim.learned_preconditioner import (
     FitReport,
     GaussianSampler,
@@ -21,6 +31,8 @@ from assay.optim.learned_preconditioner import (
 )
 from assay.optim.lr_scheduler import FGECyclicLR, HoldDecayLR
 from assay.optim.projected_adam import Box
+from assay.optim.step_size import BarzilaiBorwein, LRRange, StepEstimate, lr_range_test
+from assay.optim.svrg import SVRG
 
 __all__ = [
     "DGCSGD",
@@ -45,4 +57,17 @@ __all__ = [
     "effective_sample_size",
     "DiagGGN",
     "KFAC",
+    "edge_of_chaos",
+    "EdgeOfChaos",
+    "mean_field",
+    "MeanField",
+    "critical_",
+    "delta_orthogonal_",
+    "lsuv_",
+    "fixup_",
+    "SVRG",
+    "lr_range_test",
+    "LRRange",
+    "BarzilaiBorwein",
+    "StepEstimate",
 ]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from assay.kernels.adam import SUPPORTED_DTYPES, adam_update_
+from assay.kernels.adam import SUPPORTED_DTYPES, AdamUpdate, adam_updates_
 
 Projection = Callable[[Tensor, Tensor], Tensor]
 
@@ -255,14 +255,17 @@ def _fused(
     options: Options,
 ) -> None:
     """One pass over memory: Assay's kernel on the CPU, torch's own elsewhere."""
+    on_cpu: list[tuple[Tensor, Tensor, Moments, Coefficients]] = []
     for i, param in enumerate(params):
         maximum = max_exp_avg_sqs[i] if max_exp_avg_sqs else None
         now = _advance(steps[i], param, options)
         moments = (exp_avgs[i], exp_avg_sqs[i], maximum)
         if param.device.type == "cpu":
-            _fused_on_cpu(param, grads[i], moments, now, options)
+            on_cpu.append((param, grads[i], moments, now))
         else:
             _fused_by_torch(param, grads[i], moments, now, options)
+    if on_cpu:
+        _fused_on_cpu(on_cpu, options)
 
 
 Moments = tuple[Tensor, Tensor, Tensor | None]
@@ -270,34 +273,51 @@ Moments = tuple[Tensor, Tensor, Tensor | None]
 
 @torch.compiler.disable
 def _fused_on_cpu(
-    param: Tensor, grad: Tensor, moments: Moments, now: Coefficients, options: Options
+    members: Sequence[tuple[Tensor, Tensor, Moments, Coefficients]], options: Options
 ) -> None:
-    if param.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(
-            f"fused=True supports float32 and float64 parameters on the CPU, got {param.dtype}; "
-            "use fused=False"
+    updates, copied = [], []
+    for param, grad, moments, now in members:
+        if param.dtype not in SUPPORTED_DTYPES:
+            raise ValueError(
+                "fused=True supports float32 and float64 parameters on the CPU, got "
+                f"{param.dtype}; use fused=False"
+            )
+        tensors = (param, grad, *moments)
+        aligned = _aligned(tensors)
+        copied += [
+            (original, used)
+            for original, used in zip((param, *moments), (aligned[0], *aligned[2:]), strict=True)
+            if original is not None and used is not original
+        ]
+        updates.append(
+            AdamUpdate(
+                *aligned,
+                step_size=now.step_size,
+                beta1=now.beta1,
+                beta2=now.beta2,
+                second_correction=1.0 if now.second_correction is None else now.second_correction,
+                eps=options.eps,
+                weight_decay=0.0 if options.decoupled else options.weight_decay,
+                shrink=1 - now.lr * options.weight_decay if options.decoupled else 1.0,
+                maximize=options.maximize,
+            )
         )
-    tensors = (param, grad, *moments)
-    # The kernel walks memory: all tensors need one dense layout, the one torch gives to a copy.
-    like = moments[0]
+    adam_updates_(updates)
+    for original, used in copied:
+        original.copy_(used)
+
+
+def _aligned(tensors: tuple[Tensor | None, ...]) -> Sequence[Any]:
+    """The tensors, or copies where one has another layout: the kernel walks memory."""
+    if all(t is None or t.is_contiguous() for t in tensors):
+        return tensors
+    # All need one dense layout, the one torch gives to a copy.
+    like = tensors[2]
+    assert like is not None
     layout = torch.empty_like(like, device="meta").stride()
-    aligned = [
+    return [
         t if t is None or t.stride() == layout else torch.empty_like(like).copy_(t) for t in tensors
     ]
-    adam_update_(
-        *aligned,
-        step_size=now.step_size,
-        beta1=now.beta1,
-        beta2=now.beta2,
-        second_correction=1.0 if now.second_correction is None else now.second_correction,
-        eps=options.eps,
-        weight_decay=0.0 if options.decoupled else options.weight_decay,
-        shrink=1 - now.lr * options.weight_decay if options.decoupled else 1.0,
-        maximize=options.maximize,
-    )
-    for original, used in zip((param, *moments), (aligned[0], *aligned[2:]), strict=True):
-        if original is not None and used is not original:
-            original.copy_(used)
 
 
 def _fused_by_torch(
