@@ -6,8 +6,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 .PHONY: demo test lint bench docs gallery clean
 
-demo: $(VENV)/.core ## install, run the main job on embedded real images, say where the report is
-	$(BIN)/assay run natural-compression --set data=mnist5k --seeds 3 --no-resume --output runs/demo
+demo: $(VENV)/.core ## install, examine a small network on embedded real images, say where the report is
+	$(BIN)/assay examine --demo --budget 2m --no-resume --output runs/demo
 
 test: $(VENV)/.test ## the whole test suite, what CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
@@ -22,7 +22,7 @@ bench: $(VENV)/.test ## time Assay against its peers
 	$(BIN)/assay bench
 
 docs: $(VENV)/.docs ## build the site into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gallery: $(VENV)/.core ## static site over results/ and runs/
 	$(BIN)/assay gallery

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import typer
 
 from assay.cli import app
+from assay.examine.panel import forget
 from assay.lab import Experiment, find_experiment, run_experiment, slugs
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,21 @@ def test_the_tutorial_runs_and_prints_what_it_shows(tmp_path, monkeypatch, capsy
             elif language == "text":
                 assert shape(printed) == shape(content)
     assert Path(str(names["report"])).read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_the_page_on_examining_prints_what_it_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    try:
+        with torch.random.fork_rng():
+            for language, content in blocks(ROOT / "docs/examine.md"):
+                if language == "python":
+                    exec(compile(content, "examine.md", "exec"), names)
+                    printed = capsys.readouterr().out
+                elif language == "text":
+                    assert printed == content + "\n"
+    finally:
+        forget("sparsity")
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/data.md"])

@@ -1,4 +1,4 @@
-"""The `assay` command: list, show, run, report, gallery, bench, doctor.
+"""The `assay` command: examine, compare, list, show, run, report, gallery, bench, doctor.
 
 Heavy imports are inside the commands, so that `assay --help` answers at once.
 """
@@ -19,12 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from assay.examine import Report
     from assay.lab import Experiment, Result
     from assay.lab.bench import Row
 
 JSON_VERSION = 1
 EXIT_CLAIM_FAILED = 1
 EXIT_USAGE = 2
+EXIT_GATE_FAILED = 3
 EXIT_INTERRUPTED = 130
 
 VERDICT_STYLE = {
@@ -468,6 +470,184 @@ def _result_folders(roots: Sequence[Path]) -> list[Path]:
     if not folders:
         raise UsageError(f"no results in {', '.join(map(str, roots))}; assay run makes some")
     return folders
+
+
+@app.command()
+def examine(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="FILE.py:NAME or package.module:NAME, called for the model; or a .pt2."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="FILE.py:NAME called for (train, test); an .npz file; a folder of images; a "
+            "dataset folder; or a data set's name."
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="State dict: safetensors, or a weights-only checkpoint.")
+    ] = None,
+    call: Annotated[
+        str | None, typer.Option(help="FILE.py:NAME of an adapter call(model, x) -> tensor.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="FILE.py:NAME of a loss (outputs, y) -> mean.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+    budget: Annotated[str, typer.Option(help="Time for everything, e.g. 90s, 5m, 1h.")] = "5m",
+    panels: Annotated[str | None, typer.Option(help="Names with commas; default all.")] = None,
+    samples: Annotated[int, typer.Option(help="At most so many of a split.", min=8)] = 4096,
+    training: Annotated[
+        bool, typer.Option("--training/--no-training", help="May copies be trained?")
+    ] = True,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(help="Gate, e.g. 'curvature.top_eigenvalue > 100'; any number of times."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto (as built), cpu, cuda, mps …")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Embedded data, a small network trained on the spot.")
+    ] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume/--no-resume", help="Go on with, or discard, an unfinished one."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Report what a trained network is made of.
+
+    Exit code 0: done. 2: wrong usage. 3: a gate failed or cannot be decided. 130: interrupted;
+    --resume goes on.
+    """
+    import time
+
+    from assay.lab import UsageError
+
+    began = time.perf_counter()
+    with _clear_errors():
+        seconds = _seconds(budget)
+        if demo and (model or data):
+            raise UsageError("--demo brings its own model and data")
+        if not demo and (model is None or data is None):
+            raise UsageError("give a model and --data, or --demo (assay examine --help)")
+        from assay.examine import choose_panels
+        from assay.examine import examine as examine_model
+        from assay.examine.loading import load_callable, load_data, load_model
+
+        names = None if panels is None else [name.strip() for name in panels.split(",")]
+        choose_panels(names)  # a mistake is told before anything is loaded
+        adapter = None if call is None else load_callable(call, "call")
+        loss_fn = None if loss is None else load_callable(loss, "loss")
+        if demo:
+            from assay.examine.demo import demo as make_demo
+
+            examined, given = make_demo(seed)
+            examined.to(device if device != "auto" else "cpu")
+        else:
+            examined = load_model(str(model), weights, device)
+            given = load_data(str(data))
+        try:
+            report = examine_model(
+                examined,
+                given,
+                panels=names,
+                budget=max(1.0, seconds - (time.perf_counter() - began)),
+                call=adapter,
+                loss_fn=loss_fn,
+                training=training,
+                fail_if=fail_if or (),
+                samples=samples,
+                seed=seed,
+                output=output,
+                resume=resume,
+                quiet=quiet or as_json,
+            )
+        except KeyboardInterrupt:
+            raise _fail("interrupted; --resume goes on", EXIT_INTERRUPTED) from None
+    if as_json:
+        _print_json(report=report.model_dump(mode="json"))
+    elif not quiet:
+        _print_examination(report)
+    if not as_json:
+        typer.echo(f"report: {output / 'report.html'}")
+    undecided = [gate for gate in report.gates if gate.failed is not False]
+    for gate in undecided:
+        word = "failed" if gate.failed else "cannot be decided"
+        said = Text(f"assay: gate {word}: {gate.expression} ({gate.reason})")
+        _console(stderr=True).print(said, soft_wrap=True)
+    if undecided:
+        raise typer.Exit(EXIT_GATE_FAILED)
+
+
+def _seconds(text: str) -> float:
+    """A time span: `90`, `90s`, `5m`, `1.5h`."""
+    import re
+
+    from assay.lab import UsageError
+
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", text)
+    if found is None or float(found[1]) <= 0:
+        raise UsageError(f"--budget takes a time span such as 90s, 5m or 1h, got {text!r}")
+    return float(found[1]) * {"m": 60, "min": 60, "h": 3600}.get(found[2], 1)
+
+
+def _print_examination(report: "Report") -> None:
+    console = _console()
+    console.print(Text(str(report).partition("\n")[0], style="bold"))
+    for finding in report.findings[:5]:
+        console.print(Text(f"  • {finding.text}"), soft_wrap=True)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 2), pad_edge=False)
+    for column in ("panel", "status", "seconds", "figures"):
+        table.add_column(column)
+    for panel in report.panels:
+        said = f"{panel.status}: {panel.reason}" if panel.reason else panel.status
+        figures = "  ".join(f"{metric.name} {metric.value:.4g}" for metric in panel.metrics[:3])
+        table.add_row(panel.title, said, f"{panel.seconds:.0f}", figures)
+    console.print(table)
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="Folders of examinations, two or more.")],
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("comparison.html"),
+    names: Annotated[str | None, typer.Option(help="What to call them, with commas.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put examinations of two or more models side by side."""
+    from assay.lab import UsageError
+
+    with _clear_errors():
+        from assay.examine import Comparison
+
+        called = None if names is None else [name.strip() for name in names.split(",")]
+        try:
+            comparison = Comparison(reports, called)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    if as_json:
+        rows = [
+            {
+                "metric": row.name,
+                "label": row.label,
+                "better": row.better,
+                "values": {
+                    name: None if cell.missing else report[row.name]
+                    for name, cell, report in zip(
+                        comparison.names, row.cells, comparison.reports, strict=True
+                    )
+                },
+            }
+            for panel, _ in comparison.panels
+            for row in comparison.rows(panel)
+        ]
+        _print_json(names=list(comparison.names), metrics=rows)
+        return
+    typer.echo(f"comparison: {comparison.write(output)}")
 
 
 @app.command()
