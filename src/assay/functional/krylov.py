@@ -1,5 +1,6 @@
 """Eigenvalues, spectral densities, traces and diagonals of matrices known by their products."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -196,37 +197,85 @@ def lanczos(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if start is None:
         start = torch.randn(operator.numel, generator=generator, dtype=torch.float64)
-    norm = float(start.norm())
-    if norm == 0:
-        raise ValueError("start must not be the zero vector")
-    steps = min(steps, operator.numel)
-    work = torch.float64 if operator.device.type != "mps" else torch.float32
-    basis = torch.zeros(steps, operator.numel, dtype=work, device=operator.device)
-    basis[0] = start.to(basis) / norm
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    residual = 0.0
-    for k in range(steps):
-        product = (operator @ basis[k].to(operator.dtype)).to(work)
-        if not torch.isfinite(product).all():
-            raise FloatingPointError(f"product {k + 1} with the operator is not finite")
-        diagonal.append(float(basis[k] @ product))
-        # Twice is enough (Kahan): what one pass leaves is of the size of rounding.
-        for _ in range(2):
-            product -= basis[: k + 1].T @ (basis[: k + 1] @ product)
-        residual = float(product.norm())
-        scale = max(map(abs, diagonal + off_diagonal + [torch.finfo(work).tiny]))
-        if k + 1 == steps or residual <= 1e-12 * scale:
-            basis = basis[: k + 1]
-            break
-        off_diagonal.append(residual)
-        basis[k + 1] = product / residual
-    return Tridiagonal(
-        torch.tensor(diagonal, dtype=torch.float64),
-        torch.tensor(off_diagonal[: len(diagonal) - 1], dtype=torch.float64),
-        residual,
-        basis,
-    )
+    recursion = _Recursion(operator, start)
+    with _held(operator):
+        recursion.go_on(steps)
+    return recursion.found()
+
+
+class _Recursion:
+    """Lanczos' recursion, which can go on where it stopped."""
+
+    def __init__(self, operator: SymmetricOperator, start: Tensor) -> None:
+        norm = float(start.norm())
+        if norm == 0:
+            raise ValueError("start must not be the zero vector")
+        self.operator = operator
+        work = torch.float64 if operator.device.type != "mps" else torch.float32
+        self.basis = (start.to(operator.device, work) / norm).unsqueeze(0)
+        self.diagonal: list[float] = []
+        self.off_diagonal: list[float] = []
+        self.residual = 0.0
+        self.following: Tensor | None = self.basis[0]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the Krylov space holds no further direction."""
+        return self.following is None
+
+    def go_on(self, steps: int) -> None:
+        """Until there are so many steps in all, or the space is exhausted."""
+        steps = min(steps, self.operator.numel)
+        done = len(self.diagonal)
+        grown = torch.empty(max(steps, done), *self.basis.shape[1:]).to(self.basis)
+        grown[:done] = self.basis[:done]
+        self.basis = grown
+        for k in range(done, steps):
+            if self.following is None:
+                break
+            self.basis[k] = self.following
+            product = (self.operator @ self.basis[k].to(self.operator.dtype)).to(self.basis)
+            if not torch.isfinite(product).all():
+                raise FloatingPointError(f"product {k + 1} with the operator is not finite")
+            self.diagonal.append(float(self.basis[k] @ product))
+            if k:
+                self.off_diagonal.append(self.residual)
+                product.sub_(self.basis[k - 1], alpha=self.residual)
+            product.sub_(self.basis[k], alpha=self.diagonal[-1])
+            self.residual = self._orthogonalise(product, k + 1)
+            scale = max(map(abs, [*self.diagonal, *self.off_diagonal]))
+            scale = max(scale, torch.finfo(self.basis.dtype).tiny)
+            over = k + 1 == self.operator.numel or self.residual <= 1e-12 * scale
+            self.following = None if over else product / self.residual
+        self.basis = self.basis[: len(self.diagonal)]
+
+    def _orthogonalise(self, vector: Tensor, count: int) -> float:
+        """Make a vector orthogonal to the basis, in place; its norm.
+
+        A second pass is needed where the first took most of it away, and is enough (Kahan).
+        """
+        basis = self.basis[:count]
+        norm = float(vector.norm())
+        for _ in range(3):
+            vector -= basis.T @ (basis @ vector)
+            before, norm = norm, float(vector.norm())
+            if norm > 0.7 * before:
+                break
+        return norm
+
+    def found(self) -> Tridiagonal:
+        return Tridiagonal(
+            torch.tensor(self.diagonal, dtype=torch.float64),
+            torch.tensor(self.off_diagonal, dtype=torch.float64),
+            self.residual,
+            self.basis,
+        )
+
+
+def _held(operator: SymmetricOperator) -> contextlib.AbstractContextManager[object]:
+    """What an operator can share between products, kept meanwhile."""
+    hold = getattr(operator, "hold", None)
+    return contextlib.nullcontext() if hold is None else hold()
 
 
 def top_eigenvalues(
@@ -244,7 +293,8 @@ def top_eigenvalues(
         operator: symmetric.
         k: how many.
         tol: largest residual norm ‖Av − λv‖ relative to |λ_1|.
-        max_steps: products to spend at most.
+        max_steps: products to spend at most; memory is so many vectors of 8 P bytes, if they are
+            needed.
         which: `"magnitude"`, `"largest"` or `"smallest"`.
         generator: source of the random start, on the CPU.
 
@@ -268,26 +318,27 @@ def top_eigenvalues(
         raise ValueError(f"which must be 'magnitude', 'largest' or 'smallest', got {which!r}")
     steps = min(max(2 * k + 8, 16), max_steps, operator.numel)
     start = torch.randn(operator.numel, generator=generator, dtype=torch.float64)
-    while True:
-        found = lanczos(operator, steps, start=start)
-        values, vectors = found.eigh()
-        order = {
-            "magnitude": values.abs().argsort(descending=True),
-            "largest": values.argsort(descending=True),
-            "smallest": values.argsort(),
-        }[which][:k]
-        errors = found.residual * vectors[-1, order].abs()
-        exhausted = len(found.diagonal) < steps or steps == operator.numel
-        if exhausted or bool((errors <= tol * values.abs().max()).all()):
-            break
-        if steps >= max_steps:
-            raise RuntimeError(
-                f"{max_steps} products leave a relative residual of "
-                f"{float(errors.max() / values.abs().max()):.1e}, tol is {tol:g}: raise max_steps"
-            )
-        # Restart from the wanted Ritz vectors: what has been learnt is kept in one vector.
-        start = (vectors[:, order].sum(1).to(found.basis) @ found.basis).double()
-        steps = min(2 * steps, max_steps)
+    recursion = _Recursion(operator, start)
+    with _held(operator):
+        while True:
+            recursion.go_on(steps)
+            found = recursion.found()
+            values, vectors = found.eigh()
+            order = {
+                "magnitude": values.abs().argsort(descending=True),
+                "largest": values.argsort(descending=True),
+                "smallest": values.argsort(),
+            }[which][:k]
+            errors = found.residual * vectors[-1, order].abs()
+            if recursion.exhausted or bool((errors <= tol * values.abs().max()).all()):
+                break
+            if steps >= max_steps:
+                raise RuntimeError(
+                    f"{max_steps} products leave a relative residual of "
+                    f"{float(errors.max() / values.abs().max()):.1e}, tol is {tol:g}: raise "
+                    "max_steps"
+                )
+            steps = min(steps + max(4, steps // 4), max_steps, operator.numel)
     chosen = vectors[:, order].T.to(found.basis) @ found.basis
     dtype = operator.dtype
     return values[order].to(dtype).to(operator.device), chosen.to(dtype)

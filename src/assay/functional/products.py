@@ -156,6 +156,23 @@ class LossOperator(ABC):
         self.single = isinstance(data, tuple) and len(data) == 2
         self._data: Iterable[Batch] = [data] if self.single else data  # type: ignore[list-item]
         self._known_twice = False
+        self._holding = False
+        self._held: list[Tensor] | None = None
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep what products have in common inside the block: one batch's gradient with its graph.
+
+        For an operator over one pair of inputs and targets, whose graph one product builds anyway;
+        over several batches nothing is kept. The parameters may not change meanwhile.
+        """
+        outermost = self.single and not self._holding
+        self._holding = self._holding or self.single
+        try:
+            yield
+        finally:
+            if outermost:
+                self._holding, self._held = False, None
 
     @property
     def numel(self) -> int:
@@ -291,7 +308,11 @@ class HessianOperator(LossOperator):
 
     def _product(self, inputs: Any, targets: Any, v: list[Tensor]) -> list[Tensor]:
         params = list(self.params.values())
-        gradient = self._grad(self._loss(inputs, targets), params, create_graph=True)
+        gradient = self._held
+        if gradient is None:
+            gradient = self._grad(self._loss(inputs, targets), params, create_graph=True)
+        if self._holding:
+            self._held = gradient
         return self._pull(gradient, params, v)
 
 
