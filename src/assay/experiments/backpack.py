@@ -141,6 +141,11 @@ CLAIMS = (
             "training loss after the same steps, KFAC − tuned SGD with momentum; each at the best "
             "grid point of a run apart"
         ),
+        discussion=(
+            "With three seeds a t interval is wide: look at the values, and at the table, which "
+            "has the seconds too. A step of KFAC costs several of SGD, so that at equal time the "
+            "comparison can turn round."
+        ),
     ),
     Claim(
         "diagonal-progress",
