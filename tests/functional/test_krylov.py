@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from assay.functional import (
     DenseOperator,
+    HessianOperator,
     ScaledOperator,
     SpectralDensity,
     hutchinson_block_draws,
@@ -139,3 +141,46 @@ def test_pooled_probes_are_those_of_one_run():
     short = spectral_density(A, probes=1, steps=3, generator=g)
     mixed = SpectralDensity.pooled([short, whole])
     assert mixed.moment(1) == pytest.approx((short.moment(1) + 3 * whole.moment(1)) / 4)
+
+
+def test_products_share_a_gradient_and_leave_batch_norm_and_dropout_alone():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 2)
+    ).double()
+    x, y = torch.randn(12, 3).double(), torch.randint(2, (12,))
+    operator = HessianOperator(net, nn.functional.cross_entropy, (x, y))
+    vectors = torch.randn(3, operator.numel, dtype=torch.float64)
+    alone = [operator @ v for v in vectors]
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    with operator.hold():
+        held = [operator @ v for v in vectors]
+    assert all(
+        torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(alone, held, strict=True)
+    )
+    assert all(torch.equal(before[name], b) for name, b in net.named_buffers())
+    assert operator._held is None
+    dense = operator.to_dense()
+    values = top_eigenvalues(operator, 2, tol=1e-9)[0]
+    expected = torch.linalg.eigvalsh(dense)
+    expected = expected[expected.abs().argsort(descending=True)][:2]
+    assert torch.allclose(values, expected, rtol=1e-8)
+
+
+def test_more_steps_extend_the_space():
+    """A spectrum that 16 steps do not resolve: products are those of one Krylov space."""
+    diagonal = torch.linspace(1, 2, 400, dtype=torch.float64)
+    diagonal[-1] = 2.02
+    count = [0]
+
+    class Counted(DenseOperator):
+        def __matmul__(self, vectors):
+            count[0] += 1
+            return super().__matmul__(vectors)
+
+    values, vectors = top_eigenvalues(
+        Counted(torch.diag(diagonal)), 1, tol=1e-6, generator=torch.Generator().manual_seed(0)
+    )
+    assert abs(float(values[0]) - 2.02) < 1e-9
+    assert abs(float(vectors[0, -1].abs()) - 1) < 1e-4
+    assert count[0] < 100

@@ -125,7 +125,8 @@ def repeatable(model: nn.Module) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for buffer, saved in buffers:
-                    buffer.copy_(saved)
+                    if not torch.equal(buffer, saved):  # a copy invalidates graphs that hold it
+                        buffer.copy_(saved)
 
 
 class LossOperator(ABC):
@@ -156,23 +157,6 @@ class LossOperator(ABC):
         self.single = isinstance(data, tuple) and len(data) == 2
         self._data: Iterable[Batch] = [data] if self.single else data  # type: ignore[list-item]
         self._known_twice = False
-        self._holding = False
-        self._held: list[Tensor] | None = None
-
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep what products have in common inside the block: one batch's gradient with its graph.
-
-        For an operator over one pair of inputs and targets, whose graph one product builds anyway;
-        over several batches nothing is kept. The parameters may not change meanwhile.
-        """
-        outermost = self.single and not self._holding
-        self._holding = self._holding or self.single
-        try:
-            yield
-        finally:
-            if outermost:
-                self._holding, self._held = False, None
 
     @property
     def numel(self) -> int:
@@ -306,14 +290,35 @@ class HessianOperator(LossOperator):
         Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 1994.
     """
 
+    _held: list[Tensor] | None = None
+
     def _product(self, inputs: Any, targets: Any, v: list[Tensor]) -> list[Tensor]:
+        gradient = self._held or self._differentiable_gradient(inputs, targets)
+        return self._pull(gradient, list(self.params.values()), v)
+
+    def _differentiable_gradient(self, inputs: Any, targets: Any) -> list[Tensor]:
         params = list(self.params.values())
-        gradient = self._held
-        if gradient is None:
-            gradient = self._grad(self._loss(inputs, targets), params, create_graph=True)
-        if self._holding:
-            self._held = gradient
-        return self._pull(gradient, params, v)
+        return self._grad(self._loss(inputs, targets), params, create_graph=True)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep the gradient with its graph for all products inside the block, which share it.
+
+        For an operator over one pair of inputs and targets, whose graph each product builds anyway;
+        over several batches nothing is kept. Parameters and buffers may not change meanwhile.
+        """
+        if not self.single or self._held is not None:
+            yield
+            return
+        with repeatable(self.model):
+            with torch.enable_grad():
+                for inputs, targets in self._data:
+                    if _batch_size(inputs):
+                        self._held = self._differentiable_gradient(inputs, targets)
+            try:
+                yield
+            finally:
+                self._held = None
 
 
 class GGNOperator(LossOperator):
