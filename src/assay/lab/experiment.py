@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lightning_fabric import Fabric
 from pydantic import TypeAdapter, ValidationError
 
 import assay
@@ -151,7 +150,7 @@ def run_experiment(
     overrides: Mapping[str, str] | None = None,
     seeds: int | Sequence[int] | None = None,
     directory: str | Path,
-    fabric: Fabric | None = None,
+    fabric: Any = None,
     resume: bool | None = None,
     quiet: bool = True,
 ) -> Result:

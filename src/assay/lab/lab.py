@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from matplotlib.figure import Figure as MatplotlibFigure
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ class Lab:
         preset: name of the preset that runs.
         seeds: the seeds over which scaled claims are measured.
         directory: folder of the run; figures, curves and checkpoints go below it.
-        fabric: device, precision and processes.
+        fabric: a `lightning_fabric.Fabric`: device, precision and processes; default one CPU.
         quiet: no progress bars.
 
     Raises:
@@ -85,7 +84,7 @@ class Lab:
         preset: str = "small",
         seeds: Sequence[int] = (0,),
         directory: str | Path,
-        fabric: Fabric | None = None,
+        fabric: Any = None,  # importing Lightning Fabric for its type takes seconds
         quiet: bool = True,
     ) -> None:
         ids = [claim.id for claim in claims]
@@ -95,7 +94,7 @@ class Lab:
         self.preset = preset
         self.seeds = tuple(seeds)
         self.directory = Path(directory)
-        self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
+        self.fabric = fabric or _one_cpu()
         self.checkpoints = Checkpoints(self.directory / "checkpoints")
         self.measurements: dict[str, list[Measurement]] = {name: [] for name in ids}
         self.datasets: list[DataSource] = []
@@ -373,6 +372,12 @@ class Lab:
             self._board.close()
 
 
+def _one_cpu() -> Any:
+    from lightning_fabric import Fabric
+
+    return Fabric(accelerator="cpu", devices=1)
+
+
 def _tensorboard(directory: Path) -> Any:
     if importlib.util.find_spec("tensorboard") is None:
         return None
@@ -381,13 +386,13 @@ def _tensorboard(directory: Path) -> Any:
     return SummaryWriter(str(directory / "tensorboard"))
 
 
-def _share(batches: Iterable[tuple[Tensor, Tensor]], fabric: Fabric) -> Iterable:
+def _share(batches: Iterable[tuple[Tensor, Tensor]], fabric: Any) -> Iterable:
     """This process's part of every batch, so that N processes train on the same batches as one."""
     return batches if fabric.world_size == 1 else _Shared(batches, fabric)
 
 
 class _Shared:
-    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], fabric: Fabric) -> None:
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]], fabric: Any) -> None:
         self._batches, self._rank, self._world = batches, fabric.global_rank, fabric.world_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
