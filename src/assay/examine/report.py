@@ -1,16 +1,15 @@
 """The report of an examination: one JSON file, one page."""
 
 import html
-import json
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from assay.lab import numerals
 from assay.lab.report import embedded, made_with, render_page
-from assay.lab.result import Cell, Provenance, Stored, write_atomically
+from assay.lab.result import Cell, Provenance, Stored, read_document, write_atomically
 
 SCHEMA_VERSION = 1
 SUMMARY = 5
@@ -190,18 +189,9 @@ class Report(Stored):
         """
         path = Path(path)
         path = path / "report.json" if path.is_dir() else path
-        text = path.read_text(encoding="utf-8")
-        try:
-            document = json.loads(text)
-            version = document.get("schema_version") if isinstance(document, dict) else None
-            if version != SCHEMA_VERSION:
-                raise ValueError(
-                    f"schema_version is {version!r}, this Assay reads {SCHEMA_VERSION}"
-                )
-            report = cls.model_validate_json(text)
-        except (ValidationError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise ValueError(f"{path} is not a report of an examination: {first}") from error
+        report = read_document(
+            cls, path, "report.json", SCHEMA_VERSION, "a report of an examination"
+        )
         report.folder = path.parent
         return report
 

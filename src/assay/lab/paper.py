@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+
+from assay.lab.intervals import CONFIDENCE, mean_interval
 
 Kind = Literal["exact", "scaled", "paper"]
 Verdict = Literal["holds", "fails", "inconclusive", "reported", "not run"]
 OverSeeds = Literal["mean", "median", "every"]
 
-CONFIDENCE = 0.95
 BOOTSTRAP_RESAMPLES = 10_000
 
 
@@ -226,12 +226,8 @@ class Judgement:
 
 
 def _mean_interval(sample: np.ndarray) -> tuple[float, tuple[float, float] | None, str]:
-    mean = float(sample.mean())
-    n = len(sample)
-    if n == 1:
-        return mean, None, "single value"
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * sample.std(ddof=1) / math.sqrt(n))
-    return mean, (mean - half, mean + half), "t interval of the mean, 95 %"
+    mean, interval = mean_interval(sample)
+    return mean, interval, "single value" if interval is None else "t interval of the mean, 95 %"
 
 
 def _median_interval(sample: np.ndarray) -> tuple[float, tuple[float, float] | None, str]:

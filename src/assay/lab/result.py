@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from assay.lab.paper import Claim, Expectation, Kind, OverSeeds, Paper, Verdict
 
@@ -212,20 +212,37 @@ class Result(Stored):
             FileNotFoundError: if there is none.
             ValueError: if it is not a result of this schema version; the message says why.
         """
-        path = Path(path)
-        path = path / "result.json" if path.is_dir() else path
-        text = path.read_text(encoding="utf-8")
-        try:
-            document = json.loads(text)
-            version = document.get("schema_version") if isinstance(document, dict) else None
-            if version != SCHEMA_VERSION:
-                raise ValueError(
-                    f"schema_version is {version!r}, this Assay reads {SCHEMA_VERSION}"
-                )
-            return cls.model_validate_json(text)
-        except (ValidationError, json.JSONDecodeError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise ValueError(f"{path} is not a result of Assay: {first}") from error
+        return read_document(cls, Path(path), "result.json", SCHEMA_VERSION, "a result of Assay")
+
+
+Document = TypeVar("Document", bound=Stored)
+
+
+def read_document(kind: type[Document], path: Path, name: str, version: int, what: str) -> Document:
+    """Read a JSON document that Assay has written.
+
+    Args:
+        kind: of the document.
+        path: of the file, or of a folder that holds it.
+        name: of the file in a folder.
+        version: of the schema.
+        what: the document is, for the message.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is none of this schema version; the message says why.
+    """
+    path = path / name if path.is_dir() else path
+    text = path.read_text(encoding="utf-8")
+    try:
+        document = json.loads(text)
+        found = document.get("schema_version") if isinstance(document, dict) else None
+        if found != version:
+            raise ValueError(f"schema_version is {found!r}, this Assay reads {version}")
+        return kind.model_validate_json(text)
+    except ValueError as error:  # pydantic's and json's errors are such
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not {what}: {first}") from error
 
 
 def merge(results: Iterable[Result]) -> Result:

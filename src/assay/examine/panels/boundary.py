@@ -24,10 +24,10 @@ from assay.analysis import (
 from assay.analysis.classifier import predict
 from assay.examine.budget import Budget
 from assay.examine.images import as_images, show_image
-from assay.examine.intervals import mean_interval, median_interval, share_interval
 from assay.examine.panel import Finding, Metric, NotApplicable, Panel, Picture, panel
 from assay.examine.sample import Sample, Split
 from assay.lab.figures import subplots
+from assay.lab.intervals import mean_interval, median_interval, share_interval
 
 PAIRS = 3  # of classes
 CHUNK, FEWEST, MOST = 16, 32, 1024  # test samples whose distance is measured

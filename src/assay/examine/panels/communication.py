@@ -22,11 +22,11 @@ from assay.distributed import (
 )
 from assay.examine.budget import Budget
 from assay.examine.differentiable import differentiable, fitting
-from assay.examine.intervals import mean_interval
 from assay.examine.panel import Finding, Metric, NotApplicable, Panel, Picture, panel
 from assay.examine.sample import Sample
 from assay.functional import repeatable, select_parameters
 from assay.lab.figures import subplots
+from assay.lab.intervals import mean_interval
 from assay.lab.result import Cell
 
 SIZES = (8, 32, 128, 512)  # samples of a minibatch

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from assay.curvature import directional_curvature
 from assay.examine.budget import Budget
 from assay.examine.differentiable import differentiable, fitting, layer_of
-from assay.examine.intervals import jackknife_interval, mean_interval
 from assay.examine.panel import Finding, Metric, NotApplicable, Panel, Picture, panel
 from assay.examine.sample import Sample
 from assay.functional import (
@@ -26,6 +25,7 @@ from assay.functional import (
     spectral_density,
 )
 from assay.lab.figures import subplots
+from assay.lab.intervals import jackknife_interval, mean_interval
 from assay.lab.result import Cell
 
 FEWEST, MOST = 2, 2048  # samples

@@ -23,11 +23,11 @@ from assay.analysis import (
 from assay.data import stratified
 from assay.examine.budget import Budget
 from assay.examine.images import as_images, show_image
-from assay.examine.intervals import mean_interval, share_interval
 from assay.examine.panel import Finding, Metric, NotApplicable, Panel, Picture, panel
 from assay.examine.retraining import BATCH_SIZE, RULE, Trainee, choose_learning_rate
 from assay.examine.sample import Sample
 from assay.lab.figures import subplots
+from assay.lab.intervals import mean_interval, share_interval
 
 FEWEST_NETWORKS, MOST_NETWORKS = 3, 12
 FEWEST_TRAINED = 256  # samples; or all, if there are fewer

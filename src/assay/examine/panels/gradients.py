@@ -13,11 +13,11 @@ from assay.curvature import compute
 from assay.examine.budget import Budget
 from assay.examine.differentiable import differentiable, fitting, layer_of
 from assay.examine.images import as_images, show_image
-from assay.examine.intervals import share_interval
 from assay.examine.panel import Finding, Metric, NotApplicable, Panel, Picture, panel
 from assay.examine.sample import Sample, Split
 from assay.functional import repeatable
 from assay.lab.figures import subplots
+from assay.lab.intervals import share_interval
 from assay.lab.numerals import number
 from assay.lab.result import Cell
 

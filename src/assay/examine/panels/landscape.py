@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from assay.examine.budget import Budget
 from assay.examine.differentiable import differentiable, fitting
-from assay.examine.intervals import jackknife_interval, mean_interval, median_interval
 from assay.examine.panel import Finding, Metric, NotApplicable, Panel, Picture, panel
 from assay.examine.retraining import BATCH_SIZE, RULE, Trainee, choose_learning_rate
 from assay.examine.sample import Sample, Split
@@ -30,6 +29,7 @@ from assay.functional import (
     running_norms,
 )
 from assay.lab.figures import subplots
+from assay.lab.intervals import jackknife_interval, mean_interval, median_interval
 from assay.landscape import CurveEvaluation, PolyChain, evaluate, evaluate_curve, evaluate_span
 
 RADIUS = 0.25  # of a perturbation, relative to the weights

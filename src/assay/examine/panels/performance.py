@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from assay.analysis.calibration import calibration_error, confidence_bins, fit_temperature
 from assay.examine.budget import Budget
 from assay.examine.images import as_images, show_image
-from assay.examine.intervals import share_interval
 from assay.examine.panel import Finding, Metric, Panel, Picture, panel
 from assay.examine.sample import Sample
 from assay.lab.figures import subplots
+from assay.lab.intervals import share_interval
 from assay.lab.numerals import number
 from assay.lab.result import Cell
 
@@ -513,7 +513,7 @@ def _class_findings(data: Sample, test: _Answers) -> list[Finding]:
     for c in classes:
         true = test.y == c
         hits, n = int(test.correct[true].sum()), int(true.sum())
-        high = stats.binomtest(hits, n).proportion_ci(z_level, method="wilson").high
+        high = share_interval(hits, n, z_level)[1][1]
         if high < test.accuracy - 0.02:
             found.append((hits / n, n, c))
     if not found:
@@ -615,7 +615,7 @@ def _slice_findings(slices: list[_Slice], accuracy: _Accuracy) -> list[Finding]:
     inputs = [s for s in slices if "quarter" in s.name]
     for s in sorted(inputs, key=lambda s: s.right / s.samples):
         level = 1 - 0.05 / len(inputs)
-        high = stats.binomtest(s.right, s.samples).proportion_ci(level, method="wilson").high
+        high = share_interval(s.right, s.samples, level)[1][1]
         if high < accuracy.test[0] - 0.01:
             return [
                 Finding(

@@ -12,10 +12,10 @@ from assay.analysis.signal import MANY, ModuleSignal, PropagationReport, propaga
 from assay.analysis.spectrum import JacobianOperator, singular_values
 from assay.examine.budget import Budget
 from assay.examine.differentiable import differentiable, fitting
-from assay.examine.intervals import mean_interval
 from assay.examine.panel import Finding, Metric, NotApplicable, Panel, Picture, panel
 from assay.examine.sample import Sample
 from assay.lab.figures import subplots
+from assay.lab.intervals import mean_interval
 from assay.lab.result import Cell
 
 MOST = 1024  # samples of the batch

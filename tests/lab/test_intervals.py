@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from assay.examine.intervals import median_interval, share_interval
+from assay.lab.intervals import median_interval, share_interval
 
 
 @pytest.mark.parametrize("n", [6, 7, 20, 101])

@@ -20,7 +20,7 @@ def mean_interval(draws: np.ndarray) -> tuple[float, tuple[float, float] | None]
 
     Example:
         >>> import numpy as np
-        >>> from assay.examine.intervals import mean_interval
+        >>> from assay.lab.intervals import mean_interval
         >>> mean, (low, high) = mean_interval(np.array([1.0, 2.0, 3.0]))
         >>> mean, round(high - mean, 3)  # t(0.975; 2) / √3
         (2.0, 2.484)
@@ -50,7 +50,7 @@ def jackknife_interval(
 
     Example:
         >>> import numpy as np
-        >>> from assay.examine.intervals import jackknife_interval, mean_interval
+        >>> from assay.lab.intervals import jackknife_interval, mean_interval
         >>> draws = np.array([1.0, 2.0, 6.0])
         >>> same = zip(jackknife_interval(np.mean, draws)[1], mean_interval(draws)[1])
         >>> all(abs(a - b) < 1e-12 for a, b in same)  # of a mean it is the t interval
@@ -85,7 +85,7 @@ def median_interval(draws: np.ndarray) -> tuple[float, tuple[float, float]]:
 
     Example:
         >>> import numpy as np
-        >>> from assay.examine.intervals import median_interval
+        >>> from assay.lab.intervals import median_interval
         >>> median_interval(np.arange(1.0, 10.0))  # P(the second < median < the eighth) = 96 %
         (5.0, (2.0, 8.0))
     """
@@ -98,23 +98,26 @@ def median_interval(draws: np.ndarray) -> tuple[float, tuple[float, float]]:
     return float(np.median(draws)), (float(draws[k - 1]), float(draws[n - k]))
 
 
-def share_interval(count: int, n: int) -> tuple[float, tuple[float, float]]:
-    """A share of independent samples and its Wilson interval, 95 %.
+def share_interval(
+    count: int, n: int, confidence: float = CONFIDENCE
+) -> tuple[float, tuple[float, float]]:
+    """A share of independent samples and its Wilson interval.
 
     Args:
         count: samples that have a property.
         n: samples, at least one.
+        confidence: of the interval; higher where several shares are looked at together.
 
     Raises:
         ValueError: if `count` is not between 0 and `n`, or `n` is 0.
 
     Example:
-        >>> from assay.examine.intervals import share_interval
+        >>> from assay.lab.intervals import share_interval
         >>> share, (low, high) = share_interval(0, 100)
         >>> share, low, round(high, 3)
         (0.0, 0.0, 0.037)
     """
     if n < 1 or not 0 <= count <= n:
         raise ValueError(f"expected 0 <= count <= n and n >= 1, got {count} of {n}")
-    found = stats.binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
+    found = stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
     return count / n, (float(found.low), float(found.high))
