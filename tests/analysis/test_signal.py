@@ -116,17 +116,17 @@ def test_dead_channels_and_dead_features():
 
 def test_vanishing_gradients_are_named():
     report = propagation_report(deep(20, nn.ReLU, 0.5), batch(), F.cross_entropy)
-    assert report.advice[0].startswith("Gradients vanish on their way back to '0' (Linear)")
-    assert any(line.startswith("Activations vanish") for line in report.advice)
-    assert "critical_" in report.advice[0]
+    assert report.advice[0].text.startswith("Gradients vanish on their way back to '0' (Linear)")
+    assert any(line.text.startswith("Activations vanish") for line in report.advice)
+    assert "critical_" in report.advice[0].text
     assert not report.healthy
 
 
 def test_exploding_signals_are_named():
     report = propagation_report(deep(20, nn.ReLU, 3.0), batch(), lambda out, y: out.square().mean())
-    assert report.advice[0].startswith("Gradients explode on their way back to '0' (Linear)")
-    [line] = [line for line in report.advice if line.startswith("Activations explode")]
-    assert "'38' (Linear)" in line  # the last of its width
+    assert report.advice[0].text.startswith("Gradients explode on their way back to '0' (Linear)")
+    [line] = [line for line in report.advice if line.text.startswith("Activations explode")]
+    assert "'38' (Linear)" in line.text  # the last of its width
 
 
 def test_overflow_names_the_first_module_that_overflows():
@@ -134,7 +134,7 @@ def test_overflow_names_the_first_module_that_overflows():
     with torch.no_grad():
         net[4].weight.fill_(1e38)
     report = propagation_report(net, batch(), F.cross_entropy)
-    assert report.advice[0].startswith("Activations overflow: '4' (Linear)")
+    assert report.advice[0].text.startswith("Activations overflow: '4' (Linear)")
 
 
 def test_saturated_and_dead_layers_are_named():
@@ -143,14 +143,14 @@ def test_saturated_and_dead_layers_are_named():
     with torch.no_grad():
         saturated[2].weight.mul_(300)
     report = propagation_report(saturated, batch(8), F.cross_entropy)
-    [line] = [line for line in report.advice if line.startswith("Saturation")]
-    assert "'3' (Tanh)" in line
+    [line] = [line for line in report.advice if line.text.startswith("Saturation")]
+    assert "'3' (Tanh)" in line.text
     dying = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     with torch.no_grad():
         dying[0].bias.fill_(-100.0)
     report = propagation_report(dying, batch(8), F.cross_entropy)
-    assert any("Dead units: 100% of the units of '1' (ReLU)" in line for line in report.advice)
-    assert any("No gradient arrives at '0' (Linear)" in line for line in report.advice)
+    assert any("Dead units: 100% of the units of '1' (ReLU)" in line.text for line in report.advice)
+    assert any("No gradient arrives at '0' (Linear)" in line.text for line in report.advice)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
@@ -165,7 +165,7 @@ def test_a_critical_net_is_healthy(activation):
 def test_a_default_deep_net_is_not():
     layers = [m for _ in range(20) for m in (nn.Linear(64, 64), nn.ReLU())]
     report = propagation_report(nn.Sequential(*layers, nn.Linear(64, 3)), batch(), F.cross_entropy)
-    assert report.advice[0] in str(report)
+    assert report.advice[0].text in str(report)
     assert report.rows()[0]["module"] == "0"
 
 

@@ -218,7 +218,7 @@ class Marked(nn.Linear):
         return Once.apply(super().forward(x))
 
 
-@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
+@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator, ResidualOperator])
 def test_what_has_no_second_derivative_is_an_error_and_not_zero(kind):
     operator = kind(Marked(3, 2), F.cross_entropy, (torch.randn(4, 3), torch.tensor([0, 1, 0, 1])))
     with pytest.raises(RuntimeError, match="once_differentiable"):

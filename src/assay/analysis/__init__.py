@@ -77,7 +77,7 @@ from assay.analysis.rnn_generalization import (
     scaling_derivative,
     smallest_moment,
 )
-from assay.analysis.signal import ModuleSignal, PropagationReport, propagation_report
+from assay.analysis.signal import Advice, ModuleSignal, PropagationReport, propagation_report
 from assay.analysis.spectrum import (
     BlockSharpness,
     JacobianOperator,
@@ -157,6 +157,7 @@ __all__ = [
     "BoundReport",
     "propagation_report",
     "PropagationReport",
+    "Advice",
     "ModuleSignal",
     "JacobianOperator",
     "singular_values",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -87,6 +87,40 @@ class ModuleSignal:
     has_weights: bool = False
 
 
+Trouble = Literal[
+    "overflow",
+    "no gradient",
+    "vanishing gradient",
+    "exploding gradient",
+    "silent",
+    "vanishing signal",
+    "exploding signal",
+    "dead",
+    "saturated",
+]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What is wrong with a model's signals, and what to do.
+
+    Args:
+        kind: of trouble.
+        text: one or two sentences that name the module.
+
+    Example:
+        >>> from assay.analysis import Advice
+        >>> print(Advice("dead", "Dead units: all of '3' (ReLU)."))
+        Dead units: all of '3' (ReLU).
+    """
+
+    kind: Trouble
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass(frozen=True)
 class PropagationReport:
     """How a signal goes forward and a gradient backward through a model.
@@ -98,7 +132,7 @@ class PropagationReport:
             −1.8 is a factor 1/6. NaN with fewer than two such layers.
         backward_growth: slope of log ‖δ‖ over the same layers, from the input to the output:
             positive where gradients vanish on their way back. NaN likewise.
-        advice: what is wrong and what to do, in sentences; empty if nothing is.
+        advice: what is wrong and what to do, the worst first; empty if nothing is.
 
     Example:
         >>> from assay.analysis import PropagationReport
@@ -110,7 +144,7 @@ class PropagationReport:
     modules: tuple[ModuleSignal, ...]
     forward_growth: float
     backward_growth: float
-    advice: tuple[str, ...]
+    advice: tuple[Advice, ...]
 
     @property
     def healthy(self) -> bool:
@@ -146,7 +180,9 @@ class PropagationReport:
                 f"{m.name:<{width}}  {m.second_moment:13.3g}  {m.gradient_norm:13.3g}  "
                 f"{dead:>5}  {saturated:>9}"
             )
-        return "\n".join([*lines, *(self.advice or ("Signals and gradients get through.",))])
+        return "\n".join(
+            [*lines, *(map(str, self.advice or ("Signals and gradients get through.",)))]
+        )
 
 
 def propagation_report(
@@ -181,7 +217,7 @@ def propagation_report(
         >>> report = propagation_report(model, batch, nn.functional.cross_entropy)
         >>> report.backward_growth > 0.5  # gradients vanish with torch's default initialisation
         True
-        >>> report.advice[0].split(":")[0]
+        >>> report.advice[0].text.split(":")[0]
         "Gradients vanish on their way back to '0' (Linear)"
 
     Reference:
@@ -386,13 +422,14 @@ def _slope(values: list[float]) -> float:
 
 def _advise(
     loss: float, modules: tuple[ModuleSignal, ...], forward: float, backward: float
-) -> Iterator[str]:
-    """Sentences; the worst first."""
+) -> Iterator[Advice]:
+    """The worst first."""
     broken = next((m for m in modules if not math.isfinite(m.second_moment)), None)
     if broken is not None:
-        yield (
+        yield Advice(
+            "overflow",
             f"Activations overflow: {_named(broken)} is the first module whose output is not "
-            "finite. Use a smaller initialisation or learning rate, or a wider dtype."
+            "finite. Use a smaller initialisation or learning rate, or a wider dtype.",
         )
         return
     layers = [m for m in modules if m.has_weights]
@@ -401,13 +438,16 @@ def _advise(
     yield from _advise_on_units(modules)
 
 
-def _advise_on_gradients(loss: float, layers: list[ModuleSignal], growth: float) -> Iterator[str]:
+def _advise_on_gradients(
+    loss: float, layers: list[ModuleSignal], growth: float
+) -> Iterator[Advice]:
     silent = [m for m in layers if m.gradient_norm == 0]
     if silent and math.isfinite(loss):
         names = ", ".join(_named(m) for m in silent[:3]) + (", …" if len(silent) > 3 else "")
-        yield (
+        yield Advice(
+            "no gradient",
             f"No gradient arrives at {names}: units behind are dead or saturated to rounding, or "
-            "the loss does not use the output."
+            "the loss does not use the output.",
         )
     heard = [m for m in layers if 0 < m.gradient_norm < math.inf]
     if len(heard) < 2:
@@ -416,24 +456,26 @@ def _advise_on_gradients(loss: float, layers: list[ModuleSignal], growth: float)
     ratio = first.gradient_norm / last.gradient_norm
     pace = _pace(growth)
     if ratio < 1 / FAR and growth > 0:
-        yield (
+        yield Advice(
+            "vanishing gradient",
             f"Gradients vanish on their way back to {_named(first)}: ‖δ‖ falls from "
             f"{last.gradient_norm:.2g} at {_named(last)} to {first.gradient_norm:.2g}{pace}. "
-            f"{_REMEDY}"
+            f"{_REMEDY}",
         )
     elif ratio > FAR and growth < 0:
-        yield (
+        yield Advice(
+            "exploding gradient",
             f"Gradients explode on their way back to {_named(first)}: ‖δ‖ grows from "
             f"{last.gradient_norm:.2g} at {_named(last)} to {first.gradient_norm:.2g}{pace}. "
-            f"{_REMEDY} Clipping the gradient's norm treats the symptom."
+            f"{_REMEDY} Clipping the gradient's norm treats the symptom.",
         )
 
 
-def _advise_on_signals(layers: list[ModuleSignal], growth: float) -> Iterator[str]:
+def _advise_on_signals(layers: list[ModuleSignal], growth: float) -> Iterator[Advice]:
     heard = [m for m in layers if m.second_moment > 0]
     for m in layers:
         if m.second_moment == 0:
-            yield f"The output of {_named(m)} is zero for the whole batch."
+            yield Advice("silent", f"The output of {_named(m)} is zero for the whole batch.")
             break
     if len(heard) < 2:
         return
@@ -441,35 +483,39 @@ def _advise_on_signals(layers: list[ModuleSignal], growth: float) -> Iterator[st
     first, last = heard[0], (min if growth < 0 else max)(heard, key=lambda m: m.second_moment)
     ratio = math.sqrt(last.second_moment / first.second_moment)
     if ratio < 1 / FAR and growth < 0:
-        yield (
+        yield Advice(
+            "vanishing signal",
             f"Activations vanish: the root mean square falls from "
             f"{math.sqrt(first.second_moment):.2g} at {_named(first)} to "
-            f"{math.sqrt(last.second_moment):.2g} at {_named(last)}{_pace(growth / 2)}. {_REMEDY}"
+            f"{math.sqrt(last.second_moment):.2g} at {_named(last)}{_pace(growth / 2)}. {_REMEDY}",
         )
     elif ratio > FAR and growth > 0:
-        yield (
+        yield Advice(
+            "exploding signal",
             f"Activations explode: the root mean square grows from "
             f"{math.sqrt(first.second_moment):.2g} at {_named(first)} to "
-            f"{math.sqrt(last.second_moment):.2g} at {_named(last)}{_pace(growth / 2)}. {_REMEDY}"
+            f"{math.sqrt(last.second_moment):.2g} at {_named(last)}{_pace(growth / 2)}. {_REMEDY}",
         )
 
 
-def _advise_on_units(modules: tuple[ModuleSignal, ...]) -> Iterator[str]:
+def _advise_on_units(modules: tuple[ModuleSignal, ...]) -> Iterator[Advice]:
     dead = [m for m in modules if m.dead is not None and m.dead >= MANY]
     if dead:
         worst = max(dead, key=lambda m: m.dead or 0)
-        yield (
+        yield Advice(
+            "dead",
             f"Dead units: {worst.dead:.0%} of the units of {_named(worst)} are zero for every "
             f"sample{_others(dead)}. A lower learning rate, smaller biases or a leaky activation "
-            "keeps them alive; this batch may also be too small to wake them."
+            "keeps them alive; this batch may also be too small to wake them.",
         )
     saturated = [m for m in modules if m.saturated is not None and m.saturated >= MANY]
     if saturated:
         worst = max(saturated, key=lambda m: m.saturated or 0)
-        yield (
+        yield Advice(
+            "saturated",
             f"Saturation: {worst.saturated:.0%} of the outputs of {_named(worst)} lie where its "
             f"slope is almost zero{_others(saturated)}. The pre-activations are too large: use "
-            "smaller weights in front of it, or normalise them."
+            "smaller weights in front of it, or normalise them.",
         )
 
 

@@ -24,7 +24,6 @@ from assay.functional import (
     spectral_density,
     top_eigenvalues,
 )
-from assay.optim.initialization import without_fast_path
 
 __all__ = [
     "BlockSharpness",
@@ -670,7 +669,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with plain_attention(), without_fast_path():
+        with plain_attention():
             yield
     finally:
         for module, mode in modes.items():

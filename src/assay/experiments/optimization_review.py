@@ -574,7 +574,7 @@ def train_deep_net(
     report = {
         "forward": found.forward_growth,
         "backward": found.backward_growth,
-        "advice": found.advice[0].partition(":")[0] if found.advice else "nothing",
+        "advice": found.advice[0].text.partition(":")[0] if found.advice else "nothing",
         "gradients": [layer.gradient_norm for layer in found.layers],
         "moments": [layer.second_moment for layer in found.layers],
     }

@@ -75,10 +75,12 @@ def call_model(model: Callable, inputs: Any) -> Any:
     return model(inputs)
 
 
-def plain_attention() -> contextlib.AbstractContextManager[object]:
-    """Scaled dot-product attention as plain products and a softmax, inside the block.
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as plain products and a softmax, and by its own sub-modules, inside the block.
 
-    Torch's fused kernels have no second derivative, no forward mode and no rule for `vmap`.
+    Torch's fused kernels have no second derivative, no forward mode and no rule for `vmap`, and
+    the fused path of its transformer layers calls no sub-module, so that no hook sees any.
 
     Example:
         >>> import torch
@@ -89,7 +91,13 @@ def plain_attention() -> contextlib.AbstractContextManager[object]:
         >>> out.shape
         torch.Size([2, 1, 3, 4])
     """
-    return sdpa_kernel(SDPBackend.MATH)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextlib.contextmanager
@@ -217,7 +225,8 @@ class LossOperator(ABC):
     def pulled_back(self, outputs: list[Tensor], rebuild: Any, targets: Any) -> list[Tensor]:
         """The gradient Jᵀ ∂ℓ/∂z, with a graph in which ∂ℓ/∂z is a constant."""
         z = [out.detach().requires_grad_() for out in outputs]
-        fixed = self._grad(self.loss_fn(rebuild(z), targets), z)
+        # With a gradient of its own, so that what has no second derivative is seen (see `_pull`).
+        fixed = [g.requires_grad_() for g in self._grad(self.loss_fn(rebuild(z), targets), z)]
         return self._grad(outputs, list(self.params.values()), fixed, create_graph=True)
 
     def _pull(self, tensors: list[Tensor], inputs: list, directions: list[Tensor]) -> list:

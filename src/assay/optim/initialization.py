@@ -1,8 +1,7 @@
 """Initialisations that let signals through: mean-field critical, delta-orthogonal, LSUV, Fixup."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -456,7 +455,7 @@ def lsuv_(
     handles = [layer.register_forward_pre_hook(start) for layer in layers]
     handles += [layer.register_forward_hook(scale, with_kwargs=True) for layer in layers]
     try:
-        with repeatable(model), without_fast_path():
+        with repeatable(model):
             call_model(model, batch)
     finally:
         for handle in handles:
@@ -639,14 +638,3 @@ def _orthogonal_layer_(layer: Any, generator: torch.Generator | None) -> None:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-@contextlib.contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Transformer layers call their sub-modules, which the fused inference path does not."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -8,7 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from assay.analysis.signal import MANY, ModuleSignal, PropagationReport, propagation_report
+from assay.analysis.signal import (
+    MANY,
+    ModuleSignal,
+    PropagationReport,
+    Trouble,
+    propagation_report,
+)
 from assay.analysis.spectrum import JacobianOperator, singular_values
 from assay.examine.budget import Budget
 from assay.examine.differentiable import differentiable, fitting
@@ -50,7 +56,7 @@ def signal(model: nn.Module, data: Sample, budget: Budget) -> Panel:
         figures.append(_jacobian_figure(jacobian))
     tables = {"Modules in the order in which they run": _rows(report, budget)}
     if report.advice:
-        tables["Advice"] = [{"what was seen": _shown(text)} for text in report.advice]
+        tables["Advice"] = [{"what was seen": _shown(advice.text)} for advice in report.advice]
     return Panel(
         metrics=metrics,
         reading=(
@@ -400,30 +406,28 @@ def _jacobian_figure(found: _Jacobian) -> Picture:
     )
 
 
-# What the report's advice begins with, and how bad that is.
-_SEVERITY = {
-    "Activations overflow": 0.95,
-    "No gradient arrives": 0.85,
-    "Gradients vanish": 0.7,
-    "Gradients explode": 0.6,
-    "The output of": 0.7,
-    "Activations vanish": 0.6,
-    "Activations explode": 0.6,
-    "Dead units": 0.5,
-    "Saturation": 0.5,
+_SEVERITY: dict[Trouble, float] = {
+    "overflow": 0.95,
+    "no gradient": 0.85,
+    "vanishing gradient": 0.7,
+    "silent": 0.7,
+    "exploding gradient": 0.6,
+    "vanishing signal": 0.6,
+    "exploding signal": 0.6,
+    "dead": 0.5,
+    "saturated": 0.5,
 }
 
 
 def _findings(report: PropagationReport) -> list[Finding]:
     findings = []
-    for sentence in report.advice:
-        text, _, why = _shown(sentence).partition(". ")
-        severity = next((s for start, s in _SEVERITY.items() if text.startswith(start)), 0.5)
-        if text.startswith("Dead units"):
+    for advice in report.advice:
+        text, _, why = _shown(advice.text).partition(". ")
+        if advice.kind == "dead":
             text += _others([m for m in report.modules if (m.dead or 0) >= MANY])
-        if text.startswith("Saturation"):
+        if advice.kind == "saturated":
             text += _others([m for m in report.modules if (m.saturated or 0) >= MANY])
-        findings.append(Finding(text.rstrip(".") + ".", why or _LOST, severity))
+        findings.append(Finding(text.rstrip(".") + ".", why or _LOST, _SEVERITY[advice.kind]))
     findings += _jumps(report)
     return sorted(findings, key=lambda finding: -finding.severity)[:4]
 
