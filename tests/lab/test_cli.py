@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_run_writes_result_and_report_and_prints_verdicts(tmp_path):
     gallery = runner.invoke(cli.app, ["gallery", "--output", "site"])
     assert gallery.exit_code == 0
     assert (tmp_path / "site/index.html").exists()
+
+
+def test_listing_the_papers_waits_for_no_library_that_it_does_not_need():
+    code = (
+        "import sys; from assay.lab import all_experiments; list(all_experiments());"
+        "slow = {'sklearn', 'scipy.stats', 'pandas', 'torch._dynamo', 'lightning_fabric'};"
+        "print(sorted(slow & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_json_is_versioned_and_complete():

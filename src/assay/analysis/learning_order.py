@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 from torch import Tensor
 
 # With one or two models "all or none are right" says nothing.
@@ -429,7 +429,7 @@ def binomial_null(accuracy: float, num_models: int) -> Float[Tensor, " n_plus_1"
     if num_models < FEWEST_MODELS:
         raise ValueError(f"num_models must be at least {FEWEST_MODELS}, got {num_models}")
     counts = np.arange(num_models + 1)
-    return torch.from_numpy(stats.binom.pmf(counts, num_models, accuracy))
+    return torch.from_numpy(scipy.stats.binom.pmf(counts, num_models, accuracy))
 
 
 def agreement_table(
@@ -630,7 +630,7 @@ def order_correlation(
 def _correlation(x: np.ndarray, y: np.ndarray, method: str) -> np.ndarray | np.floating:
     """Correlation along the last axis."""
     if method == "spearman":
-        x, y = stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1)
+        x, y = scipy.stats.rankdata(x, axis=-1), scipy.stats.rankdata(y, axis=-1)
     x = x - x.mean(axis=-1, keepdims=True)
     y = y - y.mean(axis=-1, keepdims=True)
     scale = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from assay.kernels.perceptron import gram_matrix, perceptron_epoch
@@ -439,7 +439,7 @@ def _least_distance(constraints: np.ndarray) -> tuple[np.ndarray | None, np.ndar
     matrix = np.vstack([constraints.T, np.ones(n)])
     target = np.zeros(features + 1)
     target[-1] = 1
-    multipliers, _ = nnls(matrix, target)
+    multipliers, _ = scipy.optimize.nnls(matrix, target)
     residual = matrix @ multipliers - target
     total = multipliers.sum()
     slack = float(np.linalg.norm(residual[:-1]) / total) if total > 0 else math.inf

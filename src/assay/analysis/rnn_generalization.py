@@ -24,10 +24,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import scipy
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from scipy.sparse.linalg import aslinearoperator, eigsh
 from torch import Tensor, nn
 
 _LARGEST_DENSE = 2000  # size of a second-moment matrix whose spectrum is still computed densely
@@ -513,9 +513,11 @@ def smallest_moment(x: Tensor) -> float:
     if size <= _LARGEST_DENSE:
         smallest = torch.linalg.eigvalsh(rows.T @ rows / n)[0].item()
     else:
-        operator = aslinearoperator(rows.numpy())
+        operator = scipy.sparse.linalg.aslinearoperator(rows.numpy())
         moment = operator.T @ operator * (1 / n)
-        smallest = float(eigsh(moment, k=1, which="SA", return_eigenvectors=False)[0])
+        smallest = float(
+            scipy.sparse.linalg.eigsh(moment, k=1, which="SA", return_eigenvectors=False)[0]
+        )
     return smallest if smallest > size * torch.finfo(torch.float64).eps * largest else 0.0
 
 

@@ -6,9 +6,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Bool, Float
-from scipy.sparse.csgraph import connected_components
 from torch import Generator, Tensor
 
 __all__ = ["MixingMatrix", "Topology", "TopologySchedule"]
@@ -488,7 +488,9 @@ def _check_size(n: int) -> None:
 
 def _parts(edges: Bool[Tensor, "n n"]) -> list[list[int]]:
     """Agents by strongly connected component."""
-    count, labels = connected_components(edges.numpy(), directed=True, connection="strong")
+    count, labels = scipy.sparse.csgraph.connected_components(
+        edges.numpy(), directed=True, connection="strong"
+    )
     return [np.flatnonzero(labels == part).tolist() for part in range(count)]
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from assay.data import Batches, Dataset
@@ -202,6 +201,8 @@ def waves(h: Tensor) -> Tensor:
 
 def run(lab: Lab, config: Config) -> None:
     """Measure every claim."""
+    from sklearn.metrics import roc_auc_score
+
     # Drawn without regard to class: in balanced sets both marginals would be the same and the
     # transfer between them no question.
     everything = lab.data(config.data, "train")

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.ensemble import AdaBoostClassifier
-from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -444,6 +442,9 @@ class _Run:
         return predict(next(iter(observed.values())))
 
     def _boost(self, rounds: Sequence[int]) -> Tensor:
+        from sklearn.ensemble import AdaBoostClassifier
+        from sklearn.tree import DecisionTreeClassifier
+
         x, y = self.train.x.flatten(1).numpy(), self.train.y.numpy()
         estimators = []
         for number in range(self.config.models):

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from assay.analysis import (
@@ -428,6 +427,8 @@ def _with_margin(lab: Lab, config: Config) -> None:
 
 def _digits(lab: Lab, config: Config) -> tuple[Tensor, Tensor]:
     """Digits 3 (+1) and 5 (−1) of both splits in random order, rows of pixels, separable."""
+    from sklearn.svm import LinearSVC
+
     parts = [lab.data(config.data, split) for split in ("train", "test")]
     x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
     chosen = ((y == 3) | (y == 5)).nonzero().squeeze(1)

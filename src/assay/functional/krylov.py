@@ -1,6 +1,7 @@
 """Eigenvalues, spectral densities, traces and diagonals of matrices known by their products."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -226,18 +227,15 @@ class _Recursion:
     def go_on(self, steps: int) -> None:
         """Until there are so many steps in all, or the space is exhausted."""
         steps = min(steps, self.operator.numel)
-        done = len(self.diagonal)
-        grown = torch.empty(max(steps, done), *self.basis.shape[1:]).to(self.basis)
-        grown[:done] = self.basis[:done]
-        self.basis = grown
-        for k in range(done, steps):
+        self._make_room(steps)
+        for k in range(len(self.diagonal), steps):
             if self.following is None:
                 break
             self.basis[k] = self.following
             product = (self.operator @ self.basis[k].to(self.operator.dtype)).to(self.basis)
-            if not torch.isfinite(product).all():
-                raise FloatingPointError(f"product {k + 1} with the operator is not finite")
             self.diagonal.append(float(self.basis[k] @ product))
+            if not math.isfinite(self.diagonal[-1]):  # as it is if any entry is not
+                raise FloatingPointError(f"product {k + 1} with the operator is not finite")
             if k:
                 self.off_diagonal.append(self.residual)
                 product.sub_(self.basis[k - 1], alpha=self.residual)
@@ -247,7 +245,15 @@ class _Recursion:
             scale = max(scale, torch.finfo(self.basis.dtype).tiny)
             over = k + 1 == self.operator.numel or self.residual <= 1e-12 * scale
             self.following = None if over else product / self.residual
-        self.basis = self.basis[: len(self.diagonal)]
+
+    def _make_room(self, steps: int) -> None:
+        """For so many basis vectors, or twice as many as before: few copies of what is there."""
+        if steps > len(self.basis):
+            room = min(max(steps, 2 * len(self.basis)), self.operator.numel)
+            grown = self.basis.new_empty(room, self.basis.shape[1])
+            done = len(self.diagonal)
+            grown[:done] = self.basis[:done]
+            self.basis = grown
 
     def _orthogonalise(self, vector: Tensor, count: int) -> float:
         """Make a vector orthogonal to the basis, in place; its norm.
@@ -257,7 +263,7 @@ class _Recursion:
         basis = self.basis[:count]
         norm = float(vector.norm())
         for _ in range(3):
-            vector -= basis.T @ (basis @ vector)
+            vector.addmv_(basis.T, basis @ vector, alpha=-1)
             before, norm = norm, float(vector.norm())
             if norm > 0.7 * before:
                 break
@@ -268,7 +274,7 @@ class _Recursion:
             torch.tensor(self.diagonal, dtype=torch.float64),
             torch.tensor(self.off_diagonal, dtype=torch.float64),
             self.residual,
-            self.basis,
+            self.basis[: len(self.diagonal)],
         )
 
 
@@ -338,7 +344,7 @@ def top_eigenvalues(
                     f"{float(errors.max() / values.abs().max()):.1e}, tol is {tol:g}: raise "
                     "max_steps"
                 )
-            steps = min(steps + max(4, steps // 4), max_steps, operator.numel)
+            steps = min(steps + max(2, steps // 16), max_steps, operator.numel)
     chosen = vectors[:, order].T.to(found.basis) @ found.basis
     dtype = operator.dtype
     return values[order].to(dtype).to(operator.device), chosen.to(dtype)

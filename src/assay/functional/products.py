@@ -190,7 +190,10 @@ class LossOperator(ABC):
             )
         if vectors.ndim == 2:
             return torch.stack([self @ column for column in vectors.T], dim=1)
-        v = list(self.layout.unflatten(vectors.to(self.dtype)).values())
+        return self._times(list(self.layout.unflatten(vectors.to(self.dtype)).values()))
+
+    def _times(self, v: list[Tensor]) -> Tensor:
+        """The product with a vector in parts."""
         return self._mean(lambda inputs, targets: self._product(inputs, targets, v))
 
     def to_dense(self) -> Float[Tensor, "p p"]:
@@ -301,8 +304,14 @@ class HessianOperator(LossOperator):
 
     _held: list[Tensor] | None = None
 
+    def _times(self, v: list[Tensor]) -> Tensor:
+        if self._held is None:
+            return super()._times(v)
+        parts = self._pull(self._held, list(self.params.values()), v)
+        return torch.cat([part.reshape(-1) for part in parts])
+
     def _product(self, inputs: Any, targets: Any, v: list[Tensor]) -> list[Tensor]:
-        gradient = self._held or self._differentiable_gradient(inputs, targets)
+        gradient = self._differentiable_gradient(inputs, targets)
         return self._pull(gradient, list(self.params.values()), v)
 
     def _differentiable_gradient(self, inputs: Any, targets: Any) -> list[Tensor]:

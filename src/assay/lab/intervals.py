@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy import stats
+import scipy
 
 CONFIDENCE = 0.95
 
@@ -69,7 +69,7 @@ def jackknife_interval(
 
 
 def _quantile(n: int) -> float:
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    return float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
 
 
 def median_interval(draws: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -94,7 +94,7 @@ def median_interval(draws: np.ndarray) -> tuple[float, tuple[float, float]]:
     if n == 0:
         raise ValueError("draws must not be empty")
     # The k-th smallest exceeds the median with the chance that fewer than k draws lie below it.
-    k = max(1, int(stats.binom.ppf((1 - CONFIDENCE) / 2, n, 0.5)))
+    k = max(1, int(scipy.stats.binom.ppf((1 - CONFIDENCE) / 2, n, 0.5)))
     return float(np.median(draws)), (float(draws[k - 1]), float(draws[n - k]))
 
 
@@ -119,5 +119,5 @@ def share_interval(
     """
     if n < 1 or not 0 <= count <= n:
         raise ValueError(f"expected 0 <= count <= n and n >= 1, got {count} of {n}")
-    found = stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
+    found = scipy.stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
     return count / n, (float(found.low), float(found.high))

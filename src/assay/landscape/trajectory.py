@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor, nn
 
 from assay.functional import (
@@ -459,9 +459,9 @@ def variance_flatness_fit(
             f"a fit needs 3 directions with finite width, {usable.sum()} of ranks {first}…{last} "
             "are left"
         )
-    line: Any = stats.linregress(np.log(f[usable]), np.log(s[usable]))
+    line: Any = scipy.stats.linregress(np.log(f[usable]), np.log(s[usable]))
     constant = np.ptp(f[usable]) == 0 or np.ptp(s[usable]) == 0
-    ranked: Any = (math.nan,) if constant else stats.spearmanr(f[usable], s[usable])
+    ranked: Any = (math.nan,) if constant else scipy.stats.spearmanr(f[usable], s[usable])
     return VarianceFlatnessFit(
         exponent=-float(line.slope),
         standard_error=float(line.stderr),

@@ -6,9 +6,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float
-from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -243,7 +243,7 @@ def _crossing(function: Callable[[float], float], *, rising: bool) -> float | No
         if sign * function(low) < 0 <= sign * function(high):
             while function(low) == -math.inf:
                 low = math.sqrt(low * high)
-            root: Any = brentq(function, low, high, xtol=1e-300, rtol=_RTOL)
+            root: Any = scipy.optimize.brentq(function, low, high, xtol=1e-300, rtol=_RTOL)
             return float(root)
     return None
 

@@ -271,7 +271,6 @@ def _fused(
 Moments = tuple[Tensor, Tensor, Tensor | None]
 
 
-@torch.compiler.disable
 def _fused_on_cpu(
     members: Sequence[tuple[Tensor, Tensor, Moments, Coefficients]], options: Options
 ) -> None:
@@ -367,6 +366,8 @@ def update_(
     """Make one step in place with the chosen implementation, then project onto F."""
     if foreach is None and fused is None and not options.differentiable:
         foreach = all(param.device.type in ("cuda", "xpu") for param in params)
+    if fused and torch.compiler.is_compiling():  # the compiler fuses by itself, and sees no kernel
+        foreach, fused = True, False
     implementation = _fused if fused else _foreach if foreach else _single
     implementation(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, options)
     if projection is None:

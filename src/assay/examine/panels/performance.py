@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor, nn
 
 from assay.analysis.calibration import calibration_error, confidence_bins, fit_temperature
@@ -863,7 +863,7 @@ def _regression_findings(
         )
     varied = float(test.predicted.std()) > 0 and float(test.residual.abs().std()) > 0
     if len(test.y) >= FEWEST and varied:
-        rank = stats.spearmanr(
+        rank = scipy.stats.spearmanr(
             test.predicted.flatten().numpy(), test.residual.abs().flatten().numpy()
         )
         slope, chance = np.asarray(rank, dtype=float)
