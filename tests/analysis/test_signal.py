@@ -149,7 +149,7 @@ def test_saturated_and_dead_layers_are_named():
     with torch.no_grad():
         dying[0].bias.fill_(-100.0)
     report = propagation_report(dying, batch(8), F.cross_entropy)
-    assert any("Dead units: 100% of the units of '1' (ReLU)" in line.text for line in report.advice)
+    assert any("Dead units: 100 % of the units of '1' (ReLU)" in a.text for a in report.advice)
     assert any("No gradient arrives at '0' (Linear)" in line.text for line in report.advice)
 
 

@@ -7,6 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from assay.cli import _seconds, app
+from assay.examine import Panel, panel
+from assay.examine.panel import forget
 from assay.lab import UsageError
 
 CODE = """
@@ -59,6 +61,32 @@ def test_a_model_of_ones_own(folder):
     assert report["model"] == "Linear"
     assert report["panels"][0]["status"] == "done"
     assert not (folder / "out" / "examination.json").exists()
+
+
+def test_an_interrupted_examination_goes_on(folder):
+    ran = []
+
+    @panel("interrupted", title="Interrupted", order=1)
+    def interrupted(model, data, budget):
+        ran.append(budget.seconds)
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        return Panel(metrics=[], reading="", method="")
+
+    command = ("mine.py:build", "--data", "mine.py:load", "--panels", "card,interrupted",
+               "--budget", "60s", "--quiet", "--output", "out")  # fmt: skip
+    try:
+        stopped = assay(*command)
+        assert stopped.exit_code == 130, stopped.output
+        assert "--resume goes on" in stopped.stderr
+        done = assay(*command, "--resume")
+    finally:
+        forget("interrupted")
+    assert done.exit_code == 0, done.output
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert [entry["status"] for entry in report["panels"]] == ["done", "done"]
+    assert report["budget"] == 60
+    assert all(seconds < 60 for seconds in ran)  # loading and the other panel took some
 
 
 def test_json_has_a_versioned_schema(folder):

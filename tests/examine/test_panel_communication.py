@@ -51,8 +51,8 @@ def test_bits_are_those_of_real_payloads(known):
     assert rows["float32"]["relative squared error"] == 0
     assert rows["float16"]["bits an entry"] == 16
     # One entry of a thousand: a value and an index.
-    assert rows["top 0.1% (DGC)"]["bits an entry"] == pytest.approx(64 / 1000)
-    assert rows["top 0.1% (DGC)"]["relative squared error"] == pytest.approx(0.9, rel=1e-5)
+    assert rows["top 0.1 % (DGC)"]["bits an entry"] == pytest.approx(64 / 1000)
+    assert rows["top 0.1 % (DGC)"]["relative squared error"] == pytest.approx(0.9, rel=1e-5)
 
 
 def test_levels_that_hit_the_entries_lose_nothing(known):
@@ -68,7 +68,7 @@ def test_times_are_those_of_the_link_model(known):
     assert rows["float32"]["1 Gbit/s: link"] == pytest.approx(1e3 * link.all_reduce(32_000, 8))
     # Sparse messages are gathered: seven of 64 bits.
     gathered = 1e3 * link.seconds(7 * 64, 7)
-    assert rows["top 0.1% (DGC)"]["1 Gbit/s: link"] == pytest.approx(gathered)
+    assert rows["top 0.1 % (DGC)"]["1 Gbit/s: link"] == pytest.approx(gathered)
     found = known[1]
     saved = found["step_fp32_1gbit"].value - found["step_fp32_100gbit"].value
     expected = 1e3 * (link.all_reduce(32_000, 8) - LinkModel(1e11, 50e-6).all_reduce(32_000, 8))

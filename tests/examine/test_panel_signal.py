@@ -86,7 +86,7 @@ def test_dead_layers_are_named(data, tmp_path):
     panel = signal(model, data, tmp_path)
     dead = [f for f in panel.findings if f.text.startswith("Dead units")]
     assert len(dead) == 1
-    assert "75%" in dead[0].text
+    assert "75 %" in dead[0].text
     assert "'5' (ReLU)" in dead[0].text
     assert metrics(panel)["dead_share"].value == pytest.approx(0.75, abs=0.05)
 

@@ -504,7 +504,8 @@ def _advise_on_units(modules: tuple[ModuleSignal, ...]) -> Iterator[Advice]:
         worst = max(dead, key=lambda m: m.dead or 0)
         yield Advice(
             "dead",
-            f"Dead units: {worst.dead:.0%} of the units of {_named(worst)} are zero for every "
+            f"Dead units: {100 * worst.dead:.0f} % of the units of {_named(worst)} are zero for "
+            "every "
             f"sample{_others(dead)}. A lower learning rate, smaller biases or a leaky activation "
             "keeps them alive; this batch may also be too small to wake them.",
         )
@@ -513,7 +514,8 @@ def _advise_on_units(modules: tuple[ModuleSignal, ...]) -> Iterator[Advice]:
         worst = max(saturated, key=lambda m: m.saturated or 0)
         yield Advice(
             "saturated",
-            f"Saturation: {worst.saturated:.0%} of the outputs of {_named(worst)} lie where its "
+            f"Saturation: {100 * worst.saturated:.0f} % of the outputs of {_named(worst)} lie "
+            "where its "
             f"slope is almost zero{_others(saturated)}. The pre-activations are too large: use "
             "smaller weights in front of it, or normalise them.",
         )

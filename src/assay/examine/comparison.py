@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from assay.examine.report import FigureRecord, MetricRecord, PanelRecord, Report, interval_text
+from assay.examine.report import MetricRecord, PanelRecord, Report, interval_text
 from assay.lab.report import render_page
 from assay.lab.result import write_atomically
 from assay.lab.usage import UsageError
@@ -151,22 +151,19 @@ class Comparison:
             )
         return rows
 
-    def figures(self, panel: str) -> list[tuple[str, list[str | None]]]:
-        """Caption and, a model, the address of every figure of a panel.
+    def figures(self, panel: str) -> list[list[tuple[str, str] | None]]:
+        """Every figure of a panel: a model, its address and caption, or None.
 
         Args:
             panel: its name.
         """
-        records = [self._panel(report, panel) for report in self.reports]
-        captions: dict[str, str] = {}
-        for record in records:
+        found: dict[str, list[tuple[str, str] | None]] = {}
+        for place, report in enumerate(self.reports):
+            record = self._panel(report, panel)
             for figure in record.figures if record else ():
-                captions.setdefault(figure.name, figure.caption)
-        return [
-            (caption, [self._address(report, record, name)
-                       for report, record in zip(self.reports, records, strict=True)])
-            for name, caption in captions.items()
-        ]  # fmt: skip
+                row = found.setdefault(figure.name, [None] * len(self.reports))
+                row[place] = (report.figure_address(figure), figure.caption)
+        return list(found.values())
 
     def to_html(self) -> str:
         """The comparison as a self-contained page."""
@@ -195,12 +192,6 @@ class Comparison:
     @staticmethod
     def _panel(report: Report, name: str) -> PanelRecord | None:
         return next((panel for panel in report.panels if panel.name == name), None)
-
-    @staticmethod
-    def _address(report: Report, record: PanelRecord | None, name: str) -> str | None:
-        figures: list[FigureRecord] = record.figures if record else []
-        found = next((figure for figure in figures if figure.name == name), None)
-        return None if found is None else report.figure_address(found)
 
 
 def _absence(record: PanelRecord | None) -> str:

@@ -55,6 +55,7 @@ def examine(
     *,
     panels: Sequence[str] | None = None,
     budget: float = 300.0,
+    spent: float = 0.0,
     call: Call | None = None,
     loss_fn: Callable | None = None,
     training: bool = True,
@@ -79,6 +80,7 @@ def examine(
         panels: their names; None for all.
         budget: seconds for everything; panels get shares of it and choose their sample sizes
             by it.
+        spent: seconds of the budget that are gone already, for example with loading the model.
         call: `(model, x) -> output`, if the model is not called as `model(x)`.
         loss_fn: `(outputs, y) -> mean loss`; default cross-entropy, or the mean squared error
             for targets in floating point.
@@ -109,6 +111,9 @@ def examine(
     started, clock = datetime.now(UTC), time.perf_counter()
     if not 0 < budget < math.inf:
         raise UsageError(f"budget must be a positive number of seconds, got {budget}")
+    if not 0 <= spent < math.inf:
+        raise UsageError(f"spent must be a number of seconds, at least 0, got {spent}")
+    clock -= spent
     chosen = choose_panels(panels)
     gates = [Gate(expression) for expression in fail_if]
     for gate in gates:
@@ -129,10 +134,10 @@ def examine(
             )
             record = finished.get(entry.name)
             if record is None:
-                left = budget - (time.perf_counter() - clock)
+                left = max(0.0, budget - (time.perf_counter() - clock))
                 waiting = [other.share for other in chosen[place:] if other.name not in finished
                            and not _unsuitable(other, sample, training)]  # fmt: skip
-                allowed = max(0.0, left * entry.share / (sum(waiting) or 1.0))
+                allowed = left * entry.share / (sum(waiting) or 1.0)
                 record = _run(entry, sample, Budget(allowed, training=training, seed=seed), folder)
                 _keep(folder, record)
             records.append(record)

@@ -25,7 +25,7 @@ def number(value: float | int, digits: int = 4) -> str:
         ('0.1235', '−3', '3.2×10⁻⁹', '∞')
     """
     if isinstance(value, int):
-        return _signed(f"{value:,}".replace(",", _GROUP) if abs(value) >= 10_000 else f"{value}")
+        return _signed(_grouped(f"{value}"))
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("∞" if value > 0 else f"{_MINUS}∞")
     exponent = _exponent(value, digits)
@@ -36,7 +36,21 @@ def number(value: float | int, digits: int = 4) -> str:
         text = text.rstrip("0").rstrip(".")
     if text in ("1", "-1") and shift:
         return _signed(text[:-1]) + _power(shift)[1:]
-    return _signed(text) + _power(shift)
+    return _signed(_grouped(text)) + _power(shift)
+
+
+def percent(share: float, digits: int = 3) -> str:
+    """A share in per cent, with at most `digits` significant digits.
+
+    Args:
+        share: 1 is the whole.
+        digits: significant digits.
+
+    Example:
+        >>> percent(0.0447), percent(1.0), percent(0.98765, 2)
+        ('4.47 %', '100 %', '99 %')
+    """
+    return f"{number(100.0 * share, digits)} %"
 
 
 def estimate_and_interval(
@@ -152,6 +166,12 @@ def _fixed(value: float, shift: int, decimals: int) -> str:
 
 def _power(shift: int) -> str:
     return f"×10{str(shift).translate(_SUPERSCRIPTS)}" if shift else ""
+
+
+def _grouped(text: str) -> str:
+    """Five digits and more before the point in threes, with thin spaces."""
+    whole, point, rest = text.partition(".")
+    return (f"{int(whole):,}".replace(",", _GROUP) if len(whole) > 4 else whole) + point + rest
 
 
 def _signed(text: str) -> str:

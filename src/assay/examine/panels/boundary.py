@@ -28,6 +28,7 @@ from assay.examine.panel import Finding, Metric, NotApplicable, Panel, Picture, 
 from assay.examine.sample import Sample, Split
 from assay.lab.figures import subplots
 from assay.lab.intervals import mean_interval, median_interval, share_interval
+from assay.lab.numerals import percent
 
 PAIRS = 3  # of classes
 CHUNK, FEWEST, MOST = 16, 32, 1024  # test samples whose distance is measured
@@ -534,7 +535,7 @@ def _findings(
     if relative < CLOSE:
         findings.append(
             Finding(
-                f"Half of the test samples change their class within {relative:.1%} of the "
+                f"Half of the test samples change their class within {percent(relative)} of the "
                 "distance between classes.",
                 "Changes too small to see alter the prediction. Where inputs can be chosen by "
                 "others or are noisy, train with adversarial examples or noise.",
@@ -544,7 +545,7 @@ def _findings(
     elif np.isfinite(relative):
         findings.append(
             Finding(
-                f"Half of the test samples are within {relative:.1%} of the distance between "
+                f"Half of the test samples are within {percent(relative)} of the distance between "
                 "classes of the decision boundary.",
                 "That is how much a deliberate change of an input needs; random changes need to be "
                 "much larger.",
@@ -570,7 +571,7 @@ def _findings(
             findings.append(
                 Finding(
                     f"The features separate {data.classes[s]} and {data.classes[t]} linearly for "
-                    f"{count / n:.0%} of test samples only.",
+                    f"{percent(count / n, 2)} of test samples only.",
                     "The last layer cannot repair this: the features need more capacity, data or "
                     "training for these two classes.",
                     0.4,

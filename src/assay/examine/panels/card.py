@@ -21,7 +21,7 @@ from assay.examine.panel import Finding, Metric, Panel, Picture, panel
 from assay.examine.sample import Sample
 from assay.functional import repeatable
 from assay.lab.figures import subplots
-from assay.lab.numerals import number
+from assay.lab.numerals import number, percent
 from assay.lab.result import Cell
 
 ROWS = 160  # of the table of layers
@@ -445,7 +445,7 @@ class _Silent:
             names = ", ".join(list(self.unused)[:3]) + (" …" if len(self.unused) > 3 else "")
             found.append(
                 Finding(
-                    f"{number(n)} parameters ({100 * share:.3g} %) get no gradient: {names}.",
+                    f"{number(n)} parameters ({percent(share)}) get no gradient: {names}.",
                     "They are not used, are cut off by a detach, or lie behind units that are "
                     "always off; remove them, or repair the path to the output.",
                     min(0.7, 0.35 + share),
@@ -658,7 +658,7 @@ def _weight_findings(weights: _Weights, layers: list[_Layer]) -> list[Finding]:
         share = weights.frozen_count / weights.count
         found.append(
             Finding(
-                f"{100 * share:.3g} % of the parameters are frozen ({number(weights.frozen_count)}"
+                f"{percent(share)} of the parameters are frozen ({number(weights.frozen_count)}"
                 f" of {number(weights.count)}).",
                 "Fine if it was meant; a forgotten freeze keeps a network from learning."
                 if share < 1
@@ -679,10 +679,10 @@ def _weight_findings(weights: _Weights, layers: list[_Layer]) -> list[Finding]:
     if broad and len(layers) > 3:
         layer = broad[0]
         flops = sum(other.call.flops for other in layers)
-        cost = f" and {100 * layer.call.flops / flops:.2g} % of the arithmetic" if flops else ""
+        cost = f" and {percent(layer.call.flops / flops, 2)} of the arithmetic" if flops else ""
         found.append(
             Finding(
-                f"Layer {layer.name} holds {100 * layer.parameters / weights.count:.2g} % of the "
+                f"Layer {layer.name} holds {percent(layer.parameters / weights.count, 2)} of the "
                 f"parameters{cost}.",
                 "Pruning, factorising or quantising this layer alone sets the size of the network.",
                 0.1,

@@ -27,6 +27,7 @@ from assay.examine.sample import Sample
 from assay.functional import repeatable, select_parameters
 from assay.lab.figures import subplots
 from assay.lab.intervals import mean_interval
+from assay.lab.numerals import percent
 from assay.lab.result import Cell
 
 SIZES = (8, 32, 128, 512)  # samples of a minibatch
@@ -214,7 +215,7 @@ def _methods(layout: list[int]) -> dict[str, _Method]:
         "random_dithering": _Method(
             "random dithering (QSGD)", blocks(lambda: RandomDithering(LEVELS, math.inf))
         ),
-        "dgc": _Method(f"top {DENSITY:.1%} (DGC)", TopK(DENSITY), gathered=True),
+        "dgc": _Method(f"top {percent(DENSITY)} (DGC)", TopK(DENSITY), gathered=True),
     }
 
 
@@ -307,10 +308,11 @@ def _energy_metrics(main: _Size) -> list[Metric]:
         metrics.append(
             Metric(
                 f"topk_energy_{name}",
-                f"Energy in the largest {share:.1%} of the entries".replace(".0%", "%"),
+                f"Energy in the largest {percent(share)} of the entries",
                 mean,
                 f"share of ‖g‖², {_batches_of(main)}; {OVER_BATCHES}",
-                f"Entries that were all alike would hold {share:.1%}; near 1 means that the rest "
+                f"Entries that were all alike would hold {percent(share)}; near 1 means that the "
+                "rest "
                 "need hardly be sent.",
                 _unit(interval),
                 unit="share",
@@ -389,7 +391,6 @@ def _size_metrics(main: _Size, sent: list[_Sent]) -> list[Metric]:
                     "message, no overlap; computation and compression as measured here",
                     "Compare the ways to send, not the machines: computation is this machine's.",
                     unit="ms",
-                    better="low",
                 )
             )
     return metrics
@@ -474,7 +475,8 @@ def _findings(main: _Size, sent: list[_Sent]) -> list[Finding]:
     if plain.links[1] > 0.5 * (before - plain.links[1]) and after < 0.9 * before:
         findings.append(
             Finding(
-                f"On 1 Gbit/s, {WORKERS} workers would spend {plain.links[1] / before:.0%} of a "
+                f"On 1 Gbit/s, {WORKERS} workers would spend "
+                f"{percent(plain.links[1] / before, 2)} of a "
                 f"step on the link; natural compression is predicted to cut the step from "
                 f"{1e3 * before:.3g} to {1e3 * after:.3g} ms.",
                 "It adds at most 1/8 of relative variance. A prediction from counted bytes: the "
@@ -486,7 +488,8 @@ def _findings(main: _Size, sent: list[_Sent]) -> list[Finding]:
     if energy > 0.5:
         findings.append(
             Finding(
-                f"The largest 1 % of the gradient's entries hold {energy:.0%} of its energy.",
+                f"The largest 1 % of the gradient's entries hold {percent(energy, 2)} of its "
+                "energy.",
                 "Sending only these, with error feedback, would lose little: deep gradient "
                 "compression suits this network.",
                 0.1,

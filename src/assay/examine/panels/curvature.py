@@ -26,6 +26,7 @@ from assay.functional import (
 )
 from assay.lab.figures import subplots
 from assay.lab.intervals import jackknife_interval, mean_interval
+from assay.lab.numerals import percent
 from assay.lab.result import Cell
 
 FEWEST, MOST = 2, 2048  # samples
@@ -685,8 +686,8 @@ def _findings(
     if len(layers.names) > 2 and layers.share[widest] > 0.8 and of_parameters < 0.3:
         findings.append(
             Finding(
-                f"{layers.share[widest]:.0%} of the sharpest direction lies in the layer "
-                f"{layers.names[widest]}, which has {of_parameters:.1%} of the parameters.",
+                f"{percent(layers.share[widest], 2)} of the sharpest direction lies in the layer "
+                f"{layers.names[widest]}, which has {percent(of_parameters)} of the parameters.",
                 "This layer alone sets the limit on a common learning rate: a lower rate for it "
                 "or a normalisation before it would free the others.",
                 0.2,
@@ -698,7 +699,8 @@ def _findings(
     if enough and negative is not None and negative[1] and negative[1][0] > 0.2:
         findings.append(
             Finding(
-                f"{negative[0]:.0%} of the curvature of {study.samples} train samples is negative.",
+                f"{percent(negative[0], 2)} of the curvature of {study.samples} train samples is "
+                "negative.",
                 "The weights are at no minimum of the training loss: training was stopped early, "
                 "or wanders on a plateau. More training or a smaller rate would lower the loss.",
                 0.15,

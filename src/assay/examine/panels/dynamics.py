@@ -28,6 +28,7 @@ from assay.examine.retraining import BATCH_SIZE, RULE, Trainee, choose_learning_
 from assay.examine.sample import Sample
 from assay.lab.figures import subplots
 from assay.lab.intervals import mean_interval, share_interval
+from assay.lab.numerals import percent
 
 FEWEST_NETWORKS, MOST_NETWORKS = 3, 12
 FEWEST_TRAINED = 256  # samples; or all, if there are fewer
@@ -359,7 +360,8 @@ def _hard(learned: Learned) -> Metric:
         "hard_share",
         "Test samples that hardly any network gets right",
         value,
-        f"share of {len(tpa):,} test samples that fewer than {HARD:.0%} of {learned.plan.networks} "
+        f"share of {len(tpa):,} test samples that fewer than {percent(HARD, 2)} of "
+        f"{learned.plan.networks} "
         f"networks classify rightly after {learned.epochs:.1f} epochs; Wilson interval over "
         "samples",
         "Errors that another training would not repair.",
@@ -563,7 +565,8 @@ def _findings(learned: Learned, data: Sample) -> list[Finding]:
         findings.append(
             Finding(
                 f"The {networks} copies put {int(against.sum())} of {len(against):,} train samples "
-                f"into one other class than their label, in {AGAINST:.0%} or more of all looks.",
+                f"into one other class than their label, in {percent(AGAINST, 2)} or more of all "
+                "looks.",
                 "Though trained on them, they agree against the label: the table lists the first; "
                 "check for wrong labels and for classes that the inputs do not tell apart.",
                 min(0.6, 0.2 + 5 * share),

@@ -18,7 +18,7 @@ from assay.examine.sample import Sample, Split
 from assay.functional import repeatable
 from assay.lab.figures import subplots
 from assay.lab.intervals import share_interval
-from assay.lab.numerals import number
+from assay.lab.numerals import number, percent
 from assay.lab.result import Cell
 
 FEWEST = 8  # samples
@@ -300,7 +300,7 @@ def _norm_findings(measured: _Measured) -> list[Finding]:
         return []
     return [
         Finding(
-            f"1 % of the samples hold {100 * share:.3g} % of the squared gradient norms.",
+            f"1 % of the samples hold {percent(share)} of the squared gradient norms.",
             "Steps follow a few samples: check these first, and consider clipping.",
             min(0.45, 0.1 + share / 3),
         )
@@ -485,7 +485,7 @@ class _Outliers:
         return [
             Finding(
                 f"{n} of {len(self.suspect):,} train labels are contradicted with a confidence "
-                f"above {100 * SURE:.0f} %.",
+                f"above {percent(SURE, 2)}.",
                 "Wrong labels are found first among these; the most extreme ones are listed with "
                 "their index.",
                 min(0.6, 0.2 + 8 * share),

@@ -30,6 +30,7 @@ from assay.functional import (
 )
 from assay.lab.figures import subplots
 from assay.lab.intervals import jackknife_interval, mean_interval, median_interval
+from assay.lab.numerals import percent
 from assay.landscape import CurveEvaluation, PolyChain, evaluate, evaluate_curve, evaluate_span
 
 RADIUS = 0.25  # of a perturbation, relative to the weights
@@ -480,7 +481,8 @@ def _sharpness(around: Surroundings, rays: Rays) -> Metric:
         value,
         f"mean over {len(rays.rises)} filter-normalised random directions and both their senses; "
         f"t interval over directions; {around.samples:,} train samples",
-        f"How much the loss rises when each filter is moved by {RADIUS:.0%} of its norm at random.",
+        f"How much the loss rises when each filter is moved by {percent(RADIUS, 2)} of its norm "
+        "at random.",
         interval=interval,
         better="low",
     )
@@ -645,7 +647,8 @@ def _findings(
     if around.loss < chance < around.loss + rise:
         found.append(
             Finding(
-                f"Noise of {RADIUS:.0%} in each filter lifts the loss from {around.loss:.2g} to "
+                f"Noise of {percent(RADIUS, 2)} in each filter lifts the loss from "
+                f"{around.loss:.2g} to "
                 f"{around.loss + rise:.2g}, beyond that of guessing ({chance:.2g}).",
                 "The network tolerates little noise in its weights: check the accuracy after "
                 "quantisation or pruning; averaging weights late in training widens the basin.",

@@ -17,7 +17,7 @@ from assay.examine.panel import Finding, Metric, Panel, Picture, panel
 from assay.examine.sample import Sample
 from assay.lab.figures import subplots
 from assay.lab.intervals import share_interval
-from assay.lab.numerals import number
+from assay.lab.numerals import number, percent
 from assay.lab.result import Cell
 
 BINS = 15
@@ -258,8 +258,8 @@ class _Accuracy:
         if self.test[1][0] <= self.chance:
             found.append(
                 Finding(
-                    f"A test accuracy of {100 * self.test[0]:.3g} % is no better than naming the "
-                    f"commonest class ({100 * self.chance:.3g} %).",
+                    f"A test accuracy of {percent(self.test[0])} is no better than naming the "
+                    f"commonest class ({percent(self.chance)}).",
                     "The network has not learnt the task, or labels and outputs do not belong "
                     "together.",
                     0.9,
@@ -269,7 +269,7 @@ class _Accuracy:
             found.append(
                 Finding(
                     f"Accuracy falls by {100 * self.gap[0]:.3g} points from train "
-                    f"({100 * self.train[0]:.3g} %) to test data ({100 * self.test[0]:.3g} %).",
+                    f"({percent(self.train[0])}) to test data ({percent(self.test[0])}).",
                     "The network has fitted what does not carry over: more data, augmentation, "
                     "regularisation or an earlier stop.",
                     min(0.75, 0.25 + 2 * self.gap[0]),
@@ -413,8 +413,8 @@ class _Calibration:
         return [
             Finding(
                 f"The network is {'over' if over else 'under'}confident: it is sure by "
-                f"{100 * self.confidence:.3g} % and right in {100 * self.accuracy:.3g} % "
-                f"(calibration error {100 * self.ece[0]:.2g} %).",
+                f"{percent(self.confidence)} and right in {percent(self.accuracy)} "
+                f"(calibration error {percent(self.ece[0], 2)}).",
                 f"Its probabilities cannot be taken at their word; dividing the logits by a "
                 f"temperature near {self.held_out[0]:.2g}, fitted on validation data, helps.",
                 min(0.7, 0.2 + 3 * self.ece[0]),
@@ -522,8 +522,8 @@ def _class_findings(data: Sample, test: _Answers) -> list[Finding]:
     more = f"; so are {len(found) - 1} more classes" if len(found) > 1 else ""
     return [
         Finding(
-            f"Class {_label(data, c)} is recognised in {100 * share:.3g} % of its {n} test "
-            f"samples, all classes in {100 * test.accuracy:.3g} %{more}.",
+            f"Class {_label(data, c)} is recognised in {percent(share)} of its {n} test "
+            f"samples, all classes in {percent(test.accuracy)}{more}.",
             "See which class it is taken for in the table; look at its labels and its share of the "
             "train data.",
             min(0.6, 0.2 + (test.accuracy - share)),
@@ -620,7 +620,7 @@ def _slice_findings(slices: list[_Slice], accuracy: _Accuracy) -> list[Finding]:
             return [
                 Finding(
                     f"On the {s.name} of the test inputs accuracy is "
-                    f"{100 * s.right / s.samples:.3g} %, overall {100 * accuracy.test[0]:.3g} %.",
+                    f"{percent(s.right / s.samples)}, overall {percent(accuracy.test[0])}.",
                     "The network depends on it; normalise the inputs, or augment by it.",
                     min(0.5, 0.2 + accuracy.test[0] - s.right / s.samples),
                 )
@@ -698,7 +698,7 @@ def _mistake_pictures(data: Sample, test: _Answers) -> list[Picture]:
         axis.set_axis_off()
     for axis, image, i in zip(axes.flat, images, worst.tolist(), strict=False):
         said = f"{_label(data, int(test.y[i]))[:9]} → {_label(data, int(test.predicted[i]))[:9]}"
-        show_image(axis, image, f"{said}\n{100 * test.confidence[i]:.0f} %")
+        show_image(axis, image, f"{said}\n{percent(float(test.confidence[i]), 2)}")
     return [
         Picture(
             "mistakes", figure,
