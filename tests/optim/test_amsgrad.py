@@ -153,7 +153,9 @@ def test_adamnc_is_the_scalar_recursion(name, how):
 
 
 def test_adamnc_follows_a_schedule_of_the_user():
-    schedule = lambda t: 1 - 1 / (t + 1)  # noqa: E731
+    def schedule(t):
+        return 1 - 1 / (t + 1)
+
     gradients = _gradients(STEPS, 3)
     param = _start(3)
     start = param.tolist()

@@ -48,7 +48,10 @@ def test_at_the_snapshot_the_gradient_is_the_full_one_to_the_last_bit(problem):
 def test_steps_follow_the_definition(problem):
     A, b, _ = problem
     w, optimizer, loss_of = made(problem, lr=0.02, epoch_length=3)
-    gradient = lambda v, rows: A[rows].T @ (A[rows] @ v - b[rows]) / len(A[rows])  # noqa: E731
+
+    def gradient(v, rows):
+        return A[rows].T @ (A[rows] @ v - b[rows]) / len(A[rows])
+
     expected = torch.ones(4, dtype=torch.float64)
     for step in range(8):
         if step % 3 == 0:
