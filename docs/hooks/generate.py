@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cards
+import examined
 import reference
 import tables
 from mkdocs.exceptions import PluginError
@@ -37,6 +38,7 @@ PARTS = {
     "result-fields": lambda _: tables.result_fields(),
     "report-fields": lambda _: tables.report_fields(),
     "panels": lambda _: tables.panels(),
+    "examined": lambda name: examined.part(name),
     "benchmark-fields": lambda _: tables.benchmark_fields(),
     "benchmarks": lambda _: tables.benchmarks(ROOT / "results" / "benchmarks.json"),
     "network": lambda _: tables.network(ROOT / "results" / "network.json"),
@@ -73,6 +75,8 @@ def on_files(files: Files, config: Any) -> Files:
     for name, page in reference.pages().items():
         if files.get_file_from_path(page) is None:
             _add(files, config, page, reference.page(name))
+    for address, path in examined.figures():
+        files.append(File.generated(config, address, abs_src_path=str(path)))
     for page, source in COPIED.items():
         _add(files, config, page, (ROOT / source).read_text(encoding="utf-8"))
     schema = json.dumps(Result.model_json_schema(), indent=1)
@@ -103,7 +107,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_post_build(config: Any) -> None:
-    """Write the gallery of full reports beside the pages."""
+    """Write the full reports beside the pages."""
+    examined.write_page(Path(config.site_dir))
     folders = [path.parent for path in sorted((ROOT / "results").glob("*-small/result.json"))]
     if folders:
         write_gallery(folders, Path(config.site_dir) / "gallery")

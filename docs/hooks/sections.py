@@ -10,7 +10,7 @@ class DocstringSections(griffe.Extension):
     """Say in Griffe's words what the docstrings say in theirs.
 
     Griffe knows doctests only under the plural `Examples:`, and does not know that the fields of a
-    pydantic model are what its constructor takes.
+    pydantic model or a named tuple are what its constructor takes.
     """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
@@ -18,7 +18,7 @@ class DocstringSections(griffe.Extension):
         if obj.docstring is None:
             return
         obj.docstring.value = _renamed(obj.docstring.value, "Example", "Examples")
-        if isinstance(obj, griffe.Class) and _is_model(obj):
+        if isinstance(obj, griffe.Class) and _has_fields(obj):
             obj.docstring.value = _renamed(obj.docstring.value, "Args", "Attributes")
 
 
@@ -26,5 +26,5 @@ def _renamed(docstring: str, old: str, new: str) -> str:
     return re.sub(rf"^(\s*){old}:\s*$", rf"\1{new}:", docstring, flags=re.MULTILINE)
 
 
-def _is_model(obj: griffe.Class) -> bool:
-    return any(str(base) in ("BaseModel", "Stored") for base in obj.bases)
+def _has_fields(obj: griffe.Class) -> bool:
+    return any(str(base) in ("BaseModel", "Stored", "NamedTuple") for base in obj.bases)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from assay import data as named
+from assay.data import ImageFolder
+from assay.data.image_folder import pixels, read_image
 from assay.examine.sources import Data, as_data
 from assay.examine.subject import Program
 from assay.lab.usage import UsageError, unknown
-
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
 
 
 def load_callable(spec: str, purpose: str) -> Callable:
@@ -182,7 +182,7 @@ def load_data(spec: str) -> Any:
 
     Raises:
         UsageError: one line on what is wrong.
-        DataUnavailable: if one of Assay's data sets cannot be had.
+        DataUnavailable: if one of Assay's data sets cannot be had, or a folder holds no images.
 
     Example:
         >>> from assay.examine.loading import load_data
@@ -261,55 +261,6 @@ def _folder(path: Path) -> Data:
     )
 
 
-class ImageFolder(torch.utils.data.Dataset):
-    """Images in one folder a class, read when they are asked for.
-
-    Args:
-        folder: with one sub-folder a class.
-        classes: names of the sub-folders.
-
-    Raises:
-        UsageError: if there is no image.
-    """
-
-    def __init__(self, folder: Path, classes: list[str]) -> None:
-        self.files = [
-            (path, label)
-            for label, name in enumerate(classes)
-            for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in IMAGES
-        ]
-        if not self.files:
-            raise UsageError(f"data: no images ({', '.join(IMAGES)}) in the folders of {folder}")
-        self.targets = [label for _, label in self.files]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.files[index]
-        return _image(path), label
-
-
-def _image(source: Any) -> Tensor:
-    """`(C, H, W)` in [0, 1]; a grey image has one channel."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise UsageError("images need Pillow: pip install 'assay[data]'") from None
-    try:
-        with Image.open(source) as opened:
-            image = opened.convert("L" if opened.mode in ("L", "1", "I;16") else "RGB")
-            pixels = np.asarray(image, dtype=np.float32) / 255
-    except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"data: {source} is not an image: {_said(error)}") from error
-    return (
-        torch.from_numpy(pixels).unsqueeze(0)
-        if pixels.ndim == 2
-        else torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    )
-
-
 class TableDataset(torch.utils.data.Dataset):
     """Rows of Parquet or Arrow files with a column of inputs and one of labels.
 
@@ -346,9 +297,9 @@ class TableDataset(torch.utils.data.Dataset):
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
-            return _image(io.BytesIO(value)), self.targets[index]
+            return pixels(read_image(io.BytesIO(value))), self.targets[index]
         if isinstance(value, str):
-            return _image(value), self.targets[index]
+            return pixels(read_image(value)), self.targets[index]
         return torch.as_tensor(np.asarray(value, dtype=np.float32)), self.targets[index]
 
 

@@ -519,7 +519,8 @@ def _class_findings(data: Sample, test: _Answers) -> list[Finding]:
     if not found:
         return []
     share, n, c = min(found)
-    more = f"; so are {len(found) - 1} more classes" if len(found) > 1 else ""
+    others = len(found) - 1
+    more = "; one more is as weak" if others == 1 else f"; {others} more are as weak" if others else ""
     return [
         Finding(
             f"Class {_label(data, c)} is recognised in {percent(share)} of its {n} test "
