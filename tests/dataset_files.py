@@ -35,3 +35,18 @@ def write_parquet(path, images, labels, columns=("image", "label"), kind="PNG"):
     table = pyarrow.table({columns[0]: cells, columns[1]: pyarrow.array(labels)})
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(table, path)
+
+
+def write_ilsvrc(root, train=4, test=2, size=(20, 16)):
+    """Images of two classes, reddish and bluish noise, as ImageNet is laid out."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", test)):
+        for channel, wnid in ((0, "n01440764"), (2, "n02102040")):
+            folder = root / "imagenet" / part / wnid
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 128, (size[1], size[0], 3), dtype=np.uint8)
+                pixels[..., channel] += 127
+                (folder / f"ILSVRC2012_{i:08}.JPEG").write_bytes(encode(pixels, "JPEG"))

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ JSON_VERSION = 1
 EXIT_CLAIM_FAILED = 1
 EXIT_USAGE = 2
 EXIT_GATE_FAILED = 3
+EXIT_CRASHED = 70  # as sysexits.h has it; Python's own 1 would read as a claim that failed
 EXIT_INTERRUPTED = 130
 
 VERDICT_STYLE = {
@@ -62,7 +64,11 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the `assay` command."""
     os.environ.setdefault("MPLBACKEND", "Agg")
-    app()
+    try:
+        app()
+    except Exception:
+        traceback.print_exc()
+        sys.exit(EXIT_CRASHED)
 
 
 def _console(stderr: bool = False) -> Console:
@@ -516,7 +522,9 @@ def examine(
         bool | None,
         typer.Option("--resume/--no-resume", help="Go on with, or discard, an unfinished one."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only say where the report is.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Report what a trained network is made of.
@@ -615,7 +623,10 @@ def _print_examination(report: "Report") -> None:
 @app.command()
 def compare(
     reports: Annotated[list[Path], typer.Argument(help="Folders of examinations, two or more.")],
-    output: Annotated[Path, typer.Option(help="The page.")] = Path("comparison.html"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The page; default comparison.html, and none with --json."),
+    ] = None,
     names: Annotated[str | None, typer.Option(help="What to call them, with commas.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -636,19 +647,19 @@ def compare(
                 "metric": row.name,
                 "label": row.label,
                 "better": row.better,
-                "values": {
-                    name: None if cell.missing else report[row.name]
-                    for name, cell, report in zip(
-                        comparison.names, row.cells, comparison.reports, strict=True
-                    )
-                },
+                "values": dict(zip(comparison.names, row.values, strict=True)),
+                "intervals": dict(zip(comparison.names, row.intervals, strict=True)),
+                "best": next(
+                    (n for n, c in zip(comparison.names, row.cells, strict=True) if c.best), None
+                ),
             }
             for panel, _ in comparison.panels
             for row in comparison.rows(panel)
         ]
         _print_json(names=list(comparison.names), metrics=rows)
-        return
-    typer.echo(f"comparison: {comparison.write(output)}")
+    if output is not None or not as_json:
+        page = comparison.write(output or Path("comparison.html"))
+        typer.echo(f"comparison: {page}", err=as_json)
 
 
 @app.command()

@@ -6,9 +6,10 @@ from torch import nn
 
 from assay.examine import Comparison, Metric, Panel, Report, examine, panel
 from assay.examine.comparison import _best
-from assay.examine.panel import forget
+from assay.examine.panel import Picture, forget
 from assay.examine.report import MetricRecord
 from assay.lab import UsageError
+from assay.lab.figures import subplots
 
 DATA = {"train": (torch.randn(30, 4), torch.arange(30) % 3), "name": "made"}
 
@@ -64,6 +65,32 @@ def test_the_best_of_three():
     assert _best([metric(1, 0.1, "high"), None], "high") is None
 
 
+def test_nothing_is_better_on_other_samples(tmp_path):
+    small, wide = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 3))
+    one = report(small, tmp_path, "a")
+    other = examine(wide, DATA, panels=["width"], budget=5, seed=1, output=tmp_path / "b")
+    comparison = Comparison([one, other])
+    assert [cell.best for cell in comparison.rows("width")[0].cells] == [False, False]
+    assert any("No figure is called better" in said for said in comparison.warnings)
+    assert comparison.rows("width")[0].values == (15.0, 75.0)
+    assert comparison.rows("width")[2].intervals == (None, None)
+
+
+def test_each_figure_keeps_its_own_caption_where_they_differ(tmp_path):
+    @panel("width", title="Width", order=5)
+    def width(model, data, budget):
+        figure, axes = subplots()
+        axes.plot([0, 1])
+        count = sum(p.numel() for p in model.parameters())
+        same = Picture("same", figure, "What both say.")
+        return Panel([], "Read it.", "Drawn.", figures=[same, Picture("own", figure, f"{count} x")])
+
+    pages = [report(nn.Linear(4, 3), tmp_path, "a"), report(nn.Linear(4, 3, bias=False), tmp_path, "b")]
+    page = Comparison(pages, ["one", "two"]).to_html()
+    assert page.count("<figcaption>What both say.</figcaption>") == 1
+    assert page.count('<p class="caption">15 x</p>') == page.count('class="caption">12 x</p>') == 1
+
+
 def test_names_come_from_models_or_folders(tmp_path):
     one, two = report(nn.Linear(4, 3), tmp_path, "a"), report(nn.Linear(4, 3), tmp_path, "b")
     assert Comparison([one, two]).names == ("a", "b")
@@ -87,7 +114,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     with pytest.raises(ValueError, match="schema_version is 9"):
         Comparison([one, tmp_path])
     other = examine(nn.Linear(4, 3), {**DATA, "name": "other"}, panels=["width"], budget=9)
-    assert len(Comparison([one, other]).warnings) == 2  # data and budget
+    assert len(Comparison([one, other]).warnings) == 3  # data, budget, and that nothing is called better
 
 
 def test_the_page_escapes_what_a_report_says(tmp_path):

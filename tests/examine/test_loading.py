@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from assay.data import load
+from assay.data import DataUnavailable, load
 from assay.examine import examine
 from assay.examine.loading import load_callable, load_data, load_model
 from assay.examine.sources import as_data, draw
@@ -58,8 +58,8 @@ def test_a_model_comes_from_a_file_that_imports_its_neighbour(folder):
         ("model.py:", "give FILE.py:NAME"),
         ("absent.py:build", "there is no file"),
         ("model.py:biuld", "did you mean build"),
-        ("model.py:THREE", "is a int, not a callable"),
-        ("model.py:number", "returned a int, not a torch.nn.Module"),
+        ("model.py:THREE", "is not a callable but of type int"),
+        ("model.py:number", "returned no torch.nn.Module but an object of type int"),
         ("model.py:broken", "fails: RuntimeError: no such layer"),
         ("wrong.py:build", "SyntaxError"),
         ("no_such_module_of_anybody:build", "ModuleNotFoundError"),
@@ -141,6 +141,14 @@ def test_arrays_come_from_an_npz(tmp_path):
     np.savez(tmp_path / "pickled.npz", x=np.array([Evil()], dtype=object), y=y[:1])
     with pytest.raises(UsageError, match="cannot be read"):
         load_data(str(tmp_path / "pickled.npz"))
+    whole = path.read_bytes()
+    for length in (0, 40, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UsageError, match="cannot be read"):
+            load_data(str(path))
+    np.savez(tmp_path / "names.npz", x=x, y=np.array(["cat"] * 9))
+    with pytest.raises(UsageError, match="y must hold numbers, got <U3"):
+        load_data(str(tmp_path / "names.npz"))
 
 
 def png(pixels):
@@ -167,7 +175,7 @@ def test_images_come_from_folders(tmp_path):
     assert drawn.y.bincount().tolist() == [4, 4]
     assert len(draw(data.test, 100, 0).y) == 4
     (tmp_path / "train" / "cat" / "0.png").write_bytes(b"nothing")
-    with pytest.raises(UsageError, match="not an image"):
+    with pytest.raises(DataUnavailable, match="not an image"):
         draw(data.train, 100, 0)
     with pytest.raises(UsageError, match="neither"):
         load_data(str(tmp_path / "train" / "cat"))
@@ -205,14 +213,14 @@ def test_names_and_callables_give_data(folder):
 
 
 def test_only_chosen_images_are_read(tmp_path, monkeypatch):
-    from assay.examine import loading
+    from assay.data import image_folder
 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for i in range(50):
             (tmp_path / name / f"{i}.png").write_bytes(png(np.zeros((2, 2), np.uint8)))
-    read, image = [], loading._image
-    monkeypatch.setattr(loading, "_image", lambda source: read.append(source) or image(source))
+    read, image = [], image_folder.read_image
+    monkeypatch.setattr(image_folder, "read_image", lambda file: read.append(file) or image(file))
     assert draw(load_data(str(tmp_path)).train, 10, 0).y.bincount().tolist() == [5, 5]
     assert len(read) <= 11
 

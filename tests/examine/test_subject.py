@@ -1,6 +1,7 @@
 """Models of any kind become one function, misfits are told in one line, nothing stays changed."""
 
 import copy
+import math
 import pickle
 import random
 from collections import namedtuple
@@ -63,6 +64,20 @@ def test_an_adapter_calls_in_another_way():
     model = Returning(lambda z: {"scores": z})
     sample = prepare(model, (X, Y), call=lambda model, x: model(x)["scores"])
     assert torch.equal(sample.model(X), model.linear(X))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda out, y: out.sum() * math.nan, "loss of the first 8 train samples is nan"),
+        (lambda out, y: out.square().mean(1), r"must be a mean, one number .* got shape \(8,\)"),
+        (lambda out, y: 0.5, "got float"),
+        (lambda out, y: out @ y, "does not take"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused_at_the_start(loss, message):
+    with pytest.raises(UsageError, match=message):
+        prepare(nn.Linear(4, 3), {"train": (X, Y)}, loss_fn=loss)
 
 
 def test_token_logits_are_turned_as_the_loss_wants():

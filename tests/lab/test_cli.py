@@ -55,6 +55,17 @@ def test_listing_the_papers_waits_for_no_library_that_it_does_not_need():
     assert done.stdout.strip() == "[]"
 
 
+def test_an_error_of_assays_own_is_no_failed_claim(monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == cli.EXIT_CRASHED
+    assert "RuntimeError: a defect" in capsys.readouterr().err
+
+
 def test_json_is_versioned_and_complete():
     listed = json.loads(runner.invoke(cli.app, ["list", "--json"]).stdout)
     assert listed["schema_version"] == 1
@@ -73,6 +84,7 @@ def test_json_is_versioned_and_complete():
         (["run", "demo-experiment", "--preset", "smal"], "did you mean small"),
         (["run", "demo-experiment", "--set", "epoch=1"], "did you mean epochs?"),
         (["run", "demo-experiment", "--set", "epochs"], "field=value"),
+        (["run", "demo-experiment", "--set", "epochs=-1"], "must not be negative"),
         (["run", "demo-experiment", "--set", "data=cifar99"], "cifar"),
         (["run", "demo-experiment", "--device", "abacus"], "abacus"),
         (["run"], "--all"),

@@ -19,11 +19,13 @@ from assay.models import (
     LeNet5,
     PreResNet,
     ResNet20,
+    ResNet50,
     ThreeConvThreeDense,
     VGGSmall,
     WideResNet,
 )
 from assay.models.resnet import PaddedShortcut
+from assay.optim import fixup_
 
 
 def count(model: nn.Module) -> int:
@@ -36,6 +38,8 @@ SMALL = {
     "3c3d": (lambda: ThreeConvThreeDense(4), (3, 32, 32)),
     "all-cnn-c": (lambda: AllCNNC(4), (3, 32, 32)),
     "resnet": (lambda: CifarResNet(8, 4, width=4), (3, 32, 32)),
+    "resnet50": (lambda: ResNet50(4, width=4), (3, 48, 48)),
+    "resnet50-plain": (lambda: ResNet50(4, width=4, norm=False), (3, 48, 48)),
     "preresnet": (lambda: PreResNet(11, 4), (3, 32, 32)),
     "wide-resnet": (lambda: WideResNet(10, 1, 4, dropout=0.3), (3, 32, 32)),
     "vgg": (lambda: VGGSmall(4, width=2), (3, 32, 32)),
@@ -74,6 +78,42 @@ def test_parameter_counts_are_the_known_ones(model, parameters):
 def test_wide_resnet_28_10_has_its_published_size():
     with torch.device("meta"):
         assert count(WideResNet(28, 10)) == 36_479_194
+
+
+def test_resnet_50_has_its_known_size_and_without_norm_no_bias_but_two():
+    with torch.device("meta"):
+        with_norm, without = ResNet50(), ResNet50(norm=False)
+    assert count(with_norm) == 25_557_032
+    norms = sum(count(m) for m in with_norm.modules() if isinstance(m, nn.BatchNorm2d))
+    assert count(without) == 25_557_032 - norms + 1
+    biases = [name for name, _ in without.named_parameters() if "bias" in name]
+    assert biases == ["norm1.bias", "linear.bias"]
+
+
+def test_resnet_50_halves_the_image_in_the_3x3_convolutions():
+    model = ResNet50(width=4)
+    strides = {
+        name: m.stride[0]
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Conv2d) and m.stride[0] > 1
+    }
+    stages = [f"stage{i}.0.{place}" for i in (2, 3, 4) for place in ("branch.conv2", "shortcut.0")]
+    assert strides == dict.fromkeys(["conv1", *stages], 2)
+    assert model.eval()[:-3](torch.zeros(1, 3, 224, 224)).shape == (1, 128, 7, 7)
+
+
+def test_fixup_silences_the_branches_of_resnet_50():
+    torch.manual_seed(0)
+    model = ResNet50(5, width=4, norm=False).double()
+    before = count(model)
+    fixup_(model, model.branches, head=model.linear)
+    # In each of 16 branches: before 3 convolutions and 2 activations, a multiplier, a last bias.
+    assert count(model) == before + 16 * 7
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    block = model.stage2[0]
+    maps = model[:5](x)
+    assert torch.equal(block(maps), block.shortcut(maps).relu())
+    assert not model(x).any()
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5])
@@ -178,6 +218,7 @@ def test_weighted_layers_equal_the_depth():
 
     assert depth(CifarResNet(44)) == 44
     assert depth(PreResNet(29)) == 29
+    assert depth(ResNet50(width=1)) == 50
     # Zagoruyko and Komodakis count the three projections and the linear layer is left out.
     assert depth(WideResNet(16, 1)) + 3 - 1 == 16
     assert depth(VGGSmall(width=1)) == 14

@@ -9,6 +9,7 @@ from assay.data.batches import Batches
 from assay.data.catalogue import available, describe, load, names
 from assay.data.dataset import Dataset, stratified
 from assay.data.entry import DataUnavailable, Description
+from assay.data.image_folder import ImageFolder, ImageNet
 
 __all__ = [
     "load",
@@ -19,6 +20,8 @@ __all__ = [
     "Description",
     "DataUnavailable",
     "Batches",
+    "ImageFolder",
+    "ImageNet",
     "random_crop_flip",
     "stratified",
 ]

@@ -38,7 +38,9 @@ class Row:
         unit: of the values.
         reading: how to read it.
         better: which direction is better, or None.
-        cells: one a model.
+        values: one a model, None where it was not measured.
+        intervals: likewise.
+        cells: the same as text.
     """
 
     label: str
@@ -46,6 +48,8 @@ class Row:
     unit: str
     reading: str
     better: str | None
+    values: tuple[float | None, ...]
+    intervals: tuple[tuple[float, float] | None, ...]
     cells: tuple[Cell, ...]
 
 
@@ -120,7 +124,15 @@ class Comparison:
             said.append("The budgets differ, and with them the sample sizes.")
         if len({report.seed for report in self.reports}) > 1:
             said.append("The seeds differ, so the samples were not the same.")
+        if not self.fair:
+            said.append("No figure is called better: the samples were not the same.")
         return said
+
+    @property
+    def fair(self) -> bool:
+        """Whether all were examined on the same samples, so that one may be called better."""
+        alike = [(r.data.name, r.data.task, r.data.sizes, r.seed) for r in self.reports]
+        return all(entry == alike[0] for entry in alike)
 
     def rows(self, panel: str) -> list[Row]:
         """Every metric of a panel that any report has.
@@ -139,7 +151,7 @@ class Comparison:
                 next((m for m in record.metrics if m.name == name), None) if record else None
                 for record in records
             ]
-            best = _best(found, first.better)
+            best = _best(found, first.better) if self.fair else None
             cells = tuple(
                 Cell(*interval_text(metric), best=place == best)
                 if metric is not None
@@ -147,7 +159,16 @@ class Comparison:
                 for place, (metric, record) in enumerate(zip(found, records, strict=True))
             )
             rows.append(
-                Row(first.label, f"{panel}.{name}", first.unit, first.reading, first.better, cells)
+                Row(
+                    first.label,
+                    f"{panel}.{name}",
+                    first.unit,
+                    first.reading,
+                    first.better,
+                    tuple(metric and metric.value for metric in found),
+                    tuple(metric and metric.interval for metric in found),
+                    cells,
+                )
             )
         return rows
 

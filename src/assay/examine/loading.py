@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 import re
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ def load_callable(spec: str, purpose: str) -> Callable:
             raise UsageError(f"{purpose}: {said}")
         found = getattr(found, part)
     if not callable(found):
-        raise UsageError(f"{purpose}: {spec} is a {type(found).__name__}, not a callable")
+        raise UsageError(f"{purpose}: {spec} is not a callable but of type {type(found).__name__}")
     return found
 
 
@@ -122,7 +124,8 @@ def load_model(spec: str, weights: Path | None = None, device: str = "auto") -> 
             raise UsageError(f"model: calling {spec} fails: {_said(error)}") from error
         if not isinstance(model, nn.Module):
             raise UsageError(
-                f"model: {spec} returned a {type(model).__name__}, not a torch.nn.Module"
+                f"model: {spec} returned no torch.nn.Module but an object of type "
+                f"{type(model).__name__}"
             )
     if weights is not None:
         _load_weights(model, weights)
@@ -216,9 +219,10 @@ def _npz(path: Path) -> Data:
     if not path.is_file():
         raise UsageError(f"data: there is no file {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a damaged archive open.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"data: {path} cannot be read: {_said(error)}") from error
     train = _pair(arrays, "x_train", "y_train") or _pair(arrays, "x", "y")
     if train is None:
@@ -233,6 +237,12 @@ def _npz(path: Path) -> Data:
 def _pair(arrays: dict[str, np.ndarray], x: str, y: str) -> tuple[Tensor, Tensor] | None:
     if x not in arrays or y not in arrays:
         return None
+    for name in (x, y):
+        if arrays[name].dtype.kind not in "buif":
+            raise UsageError(
+                f"data: {name} must hold numbers, got {arrays[name].dtype}; labels are class "
+                "indices, whose names are in classes"
+            )
     return torch.as_tensor(arrays[x]), torch.as_tensor(arrays[y])
 
 

@@ -165,17 +165,35 @@ def prepare(
     if task != "regression":
         names = None if given.classes is None or not len(given.classes) else given.classes
         classes = class_names(names, _check_labels(subject, splits, names))
+    loss = loss_fn or task_loss(task)
+    _check_loss(subject, splits["train"], loss)
     return Sample(
         subject,
         splits["train"],
         splits["test"],
         task,
         classes,
-        loss_fn or task_loss(task),
+        loss,
         {name: part.size for name, part in drawn.items()},
         notes,
         seed,
     )
+
+
+def _check_loss(subject: Subject, split: Split, loss_fn: Callable) -> None:
+    """One finite number for a few samples; a panel would show whatever else it is as a figure."""
+    x, y = split.x[:8], split.y[:8]
+    try:
+        with torch.no_grad():
+            loss = loss_fn(subject(x), y)
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"the loss does not take (outputs, targets): {said}") from error
+    if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise UsageError(f"the loss must be a mean, one number in floating point, got {got}")
+    if not bool(loss.isfinite()):
+        raise UsageError(f"the loss of the first {len(x)} train samples is {loss.item()}")
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -85,7 +85,10 @@ class Experiment:
         for name, text in (overrides or {}).items():
             if name not in values:
                 raise UsageError(unknown("field", name, names, of=self.paper.slug))
-            values[name] = _parse(name, text, hints[name])
+            usual, value = values[name], _parse(name, text, hints[name])
+            if type(usual) is type(value) is int and value < 0 <= usual:
+                raise UsageError(f"{name}={text} does not fit: {name} must not be negative")
+            values[name] = value
         return type(config)(**values)
 
 

@@ -4,7 +4,7 @@ from assay.models.deepobs import AllCNNC, ThreeConvThreeDense, TwoConvTwoDense
 from assay.models.lenet import LeNet5
 from assay.models.mlp import MLP
 from assay.models.registry import build, names
-from assay.models.resnet import CifarResNet, PreResNet, ResNet20, WideResNet
+from assay.models.resnet import CifarResNet, PreResNet, ResNet20, ResNet50, WideResNet
 from assay.models.vgg import VGGSmall
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "AllCNNC",
     "CifarResNet",
     "ResNet20",
+    "ResNet50",
     "PreResNet",
     "WideResNet",
     "VGGSmall",

@@ -8,7 +8,7 @@ from torch import nn
 
 from assay.models.deepobs import AllCNNC, ThreeConvThreeDense
 from assay.models.lenet import LeNet5
-from assay.models.resnet import CifarResNet, PreResNet, ResNet20, WideResNet
+from assay.models.resnet import CifarResNet, PreResNet, ResNet20, ResNet50, WideResNet
 from assay.models.vgg import VGGSmall
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -20,6 +20,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet44": partial(CifarResNet, 44),
     "resnet56": partial(CifarResNet, 56),
     "resnet110": partial(CifarResNet, 110),
+    "resnet50": ResNet50,
     "preresnet164": partial(PreResNet, 164),
     "wrn-28-10": partial(WideResNet, 28, 10),
     "vgg-small": VGGSmall,

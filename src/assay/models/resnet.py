@@ -1,8 +1,9 @@
-"""Residual networks for images of 32x32 pixels."""
+"""Residual networks for images of 32x32 pixels, and ResNet-50 for larger ones."""
 
 from collections import OrderedDict
 from functools import partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,6 +87,69 @@ class ResNet20(CifarResNet):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
         super().__init__(20, num_classes, in_channels, width)
+
+
+class ResNet50(Chain):
+    """The residual network with 50 layers for ImageNet; 25,557,032 parameters for 1000 classes.
+
+    Maps `(N, in_channels, H, W)`, usually 224x224, to `(N, num_classes)`. One 7x7 convolution and a
+    maximum, each at stride 2; four stages of 3, 4, 6 and 3 bottlenecks that narrow to `width`, 2, 4
+    and 8 `width` maps and put out four times as many, with the stride in the 3x3 convolution;
+    global average; one linear layer.
+
+    Without normalisation it is made for `assay.optim.fixup_`, which gives the `branches` their
+    scalars: no convolution has a bias, but a scalar one follows the first.
+
+    Args:
+        num_classes: Number of outputs.
+        in_channels: Channels of the images.
+        width: Maps of the first convolution.
+        norm: Whether each convolution is followed by BatchNorm.
+
+    Example:
+        >>> import torch
+        >>> from assay.models import ResNet50
+        >>> from assay.optim import fixup_
+        >>> model = ResNet50(num_classes=10, width=4, norm=False)
+        >>> _ = fixup_(model, model.branches, head=model.linear)
+        >>> model(torch.ones(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
+
+    Reference:
+        K. He, X. Zhang, S. Ren, J. Sun. Deep residual learning for image recognition.
+        CVPR 2016, table 1. https://arxiv.org/abs/1512.03385. The place of the stride: P. Goyal et
+        al. Accurate, large minibatch SGD. 2017, section 5.1. https://arxiv.org/abs/1706.02677
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        width: int = 64,
+        norm: bool = True,
+    ) -> None:
+        block = partial(Bottleneck, norm=norm)
+        super().__init__(
+            OrderedDict(
+                conv1=nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False),
+                norm1=nn.BatchNorm2d(width) if norm else ScalarBias(),
+                relu1=nn.ReLU(),
+                pool1=nn.MaxPool2d(3, stride=2, padding=1),
+                stage1=_stage(block, 3, width, 4 * width, 1),
+                stage2=_stage(block, 4, 4 * width, 8 * width, 2),
+                stage3=_stage(block, 6, 8 * width, 16 * width, 2),
+                stage4=_stage(block, 3, 16 * width, 32 * width, 2),
+                average=nn.AdaptiveAvgPool2d(1),
+                flatten=nn.Flatten(),
+                linear=nn.Linear(32 * width, num_classes),
+            )
+        )
+        _he_initialisation(self)
+
+    @property
+    def branches(self) -> list[nn.Module]:
+        """The residual branches, whose outputs are added to the shortcuts."""
+        return [block.branch for block in self.modules() if isinstance(block, Bottleneck)]
 
 
 class PreResNet(Chain):
@@ -231,6 +295,46 @@ class BasicBlock(nn.Module):
         """Return the maps of the block."""
         out = self.relu1(self.norm1(self.conv1(x)))
         return self.relu2(self.norm2(self.conv2(out)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """relu(f(x) + shortcut(x)) with convolutions 1x1, 3x3 and 1x1 in the branch f."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: bool) -> None:
+        super().__init__()
+        narrow = out_channels // 4
+        layers: dict[str, nn.Module] = {
+            "conv1": nn.Conv2d(in_channels, narrow, 1, bias=False),
+            "norm1": nn.BatchNorm2d(narrow),
+            "relu1": nn.ReLU(),
+            "conv2": _conv3x3(narrow, narrow, stride),
+            "norm2": nn.BatchNorm2d(narrow),
+            "relu2": nn.ReLU(),
+            "conv3": nn.Conv2d(narrow, out_channels, 1, bias=False),
+            "norm3": nn.BatchNorm2d(out_channels),
+        }
+        kept = {name: layer for name, layer in layers.items() if norm or "norm" not in name}
+        self.branch = nn.Sequential(OrderedDict(kept))
+        self.shortcut = _projection(in_channels, out_channels, stride)
+        if norm and not isinstance(self.shortcut, nn.Identity):
+            self.shortcut = nn.Sequential(self.shortcut, nn.BatchNorm2d(out_channels))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k i j"]:
+        """Return the maps of the block."""
+        return self.relu(self.branch(x) + self.shortcut(x))
+
+
+class ScalarBias(nn.Module):
+    """x + b with one number b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum."""
+        return x + self.bias
 
 
 class PreActivationBottleneck(nn.Module):

@@ -345,7 +345,6 @@ def _error_metrics(main: _Size) -> list[Metric]:
                 bits,
                 f"bytes of real payloads, {_batches_of(main)}",
                 "float32 takes 32.",
-                better="low",
             ),
         ]
     variance = _variance(main)

@@ -407,7 +407,6 @@ def _sharpness_metrics(study: _Study, found: _Extremes, between: _Along | None) 
             "How fast the loss rises along its sharpest direction. It changes when layers are "
             "rescaled, though the function does not: do not compare architectures by it.",
             (low, high),
-            better="low",
         )
     ]
     if between is not None and len(between.total) > 1:
@@ -468,7 +467,6 @@ def _relative_metrics(study: _Study, found: _Extremes | None) -> list[Metric]:
             "ρ², the loss rises by at most half of this times ρ² to second order. No rescaling of "
             "layers or neurons that keeps the function changes it.",
             found.interval,
-            better="low",
         )
     ]
 
@@ -530,7 +528,6 @@ def _trace_metrics(study: _Study, layers: _Layers) -> list[Metric]:
             "Sum of all eigenvalues: half of it times σ² is what noise of standard deviation σ "
             "on every weight adds to the loss. Not invariant under rescaling either.",
             interval,
-            better="low",
         )
     ]
 

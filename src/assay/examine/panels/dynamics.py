@@ -564,9 +564,9 @@ def _findings(learned: Learned, data: Sample) -> list[Finding]:
         share = float(against.double().mean())
         findings.append(
             Finding(
-                f"The {networks} copies put {int(against.sum())} of {len(against):,} train samples "
-                f"into one other class than their label, in {percent(AGAINST, 2)} or more of all "
-                "looks.",
+                f"The {networks} copies agree on another class than the label of "
+                f"{int(against.sum())} of {len(against):,} train samples, in {percent(AGAINST, 2)} "
+                "or more of all looks.",
                 "Though trained on them, they agree against the label: the table lists the first; "
                 "check for wrong labels and for classes that the inputs do not tell apart.",
                 min(0.6, 0.2 + 5 * share),

@@ -484,7 +484,6 @@ def _sharpness(around: Surroundings, rays: Rays) -> Metric:
         f"How much the loss rises when each filter is moved by {percent(RADIUS, 2)} of its norm "
         "at random.",
         interval=interval,
-        better="low",
     )
 
 
@@ -506,7 +505,6 @@ def _width_metric(around: Surroundings, rays: Rays) -> list[Metric]:
             "How far, relative to the weights, one can go before the loss doubles; small where the "
             "loss is nearly 0.",
             interval=interval,
-            better="high",
         )
     ]
 
@@ -522,7 +520,6 @@ def _top_sharpness(around: Surroundings, top: TopRay) -> Metric:
         f"{len(top.rises)} parts of the {around.samples:,} samples",
         "The same step along the steepest valley wall; compare with the rise in random directions.",
         interval=interval,
-        better="low",
     )
 
 

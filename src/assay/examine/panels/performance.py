@@ -520,7 +520,7 @@ def _class_findings(data: Sample, test: _Answers) -> list[Finding]:
         return []
     share, n, c = min(found)
     others = len(found) - 1
-    more = "; one more is as weak" if others == 1 else f"; {others} more are as weak" if others else ""
+    more = f"; as weak are {others} more" if others else ""
     return [
         Finding(
             f"Class {_label(data, c)} is recognised in {percent(share)} of its {n} test "
