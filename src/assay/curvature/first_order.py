@@ -32,7 +32,11 @@ def first_order(
     """
     found: dict[str, dict[str, Tensor]] = {q: {} for q in FIRST_ORDER if q in quantities}
     left = Counter(id(part.use) for source in plan.sources.values() for part in source.parts)
-    for name, source in plan.sources.items():
+    # Convolutions first, while few results lie beside their unfolded inputs. Else from the last
+    # layer to the first, whose activations are the model's inputs and so take no memory.
+    order = list(reversed(plan.sources.items()))
+    order.sort(key=lambda item: not item[1].unfolds)
+    for name, source in order:
         buffers = {q: buffer(q, name, source.parameter, plan.objective.samples) for q in found}
         compute = _from_rows if source.single is None else _from_rules
         own = compute(plan, source, gradients, quantities, buffers)
@@ -45,7 +49,7 @@ def first_order(
                 part.use.release()
                 for place in part.where:
                     gradients[place] = gradients[place].new_empty(0)
-    return found
+    return {q: {name: values[name] for name in plan.sources} for q, values in found.items()}
 
 
 def _from_rows(

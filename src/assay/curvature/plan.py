@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from assay.curvature.capture import Record
+from assay.curvature.chain import find_chain
 from assay.curvature.layout import Layout, candidates
 from assay.curvature.objective import Objective
-from assay.curvature.uses import CallUse, LinearUse, MergedUse, Use, Weight
+from assay.curvature.uses import CallUse, ConvUse, LinearUse, MergedUse, Use, Weight
 
-ROWS_AT_ONCE = 1024
-"""Rows (samples times columns) of one matrix product; more would be faster, but take memory."""
+ROWS_AT_ONCE = 2048
+"""Rows (samples times columns) of one matrix product; beyond that it gains no more."""
 
-_DENSE_STEPS = {
-    "AddmmBackward0", "MmBackward0", "TBackward0", "ViewBackward0", "ReluBackward0",
-    "TanhBackward0", "SigmoidBackward0", "torch::autograd::AccumulateGrad",
-}  # fmt: skip
+ByPlace = list[Tensor] | dict[int, Tensor]
+"""Gradients at recorded outputs, by the place of the use: a list of all, or some."""
 
 
 @dataclass(eq=False)
@@ -36,8 +35,8 @@ class Part:
         """What the argument was."""
         return self.use.slots[self.slot]
 
-    def gather(self, gradients: list[Tensor]) -> Any:
-        """What the use's methods take, from the gradients at all recorded outputs."""
+    def gather(self, gradients: ByPlace) -> Any:
+        """What the use's methods take, from the gradients at recorded outputs."""
         if isinstance(self.use, MergedUse):
             return [gradients[i] for i in self.where]
         return gradients[self.where[0]]
@@ -63,6 +62,17 @@ class Source:
     def unused(self) -> bool:
         """Whether the loss does not depend on it."""
         return self.opaque is None and not self.parts
+
+    @property
+    def unfolds(self) -> bool:
+        """Whether it is used in convolutions, whose activations are larger than their inputs."""
+        return any(isinstance(part.use, ConvUse) for part in self.parts)
+
+    def reached(self, gradients: ByPlace) -> bool:
+        """Whether these are the gradients at its uses, or some of them."""
+        return isinstance(gradients, list) or any(
+            place in gradients for part in self.parts for place in part.where
+        )
 
 
 class Plan:
@@ -96,27 +106,27 @@ class Plan:
         )
         return self._complete(found)
 
-    def column_gradients(self, output: Tensor, columns: Tensor) -> Iterator[list[Tensor]]:
-        """At every recorded output, for one column after the other.
+    def column_gradients(self, output: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, ByPlace]]:
+        """Some columns, and what they are at recorded outputs, behind a leading dimension as well.
+
+        In a chain it is all columns (or as many as memory should hold) at one use after the other,
+        in any other graph one column at all uses.
 
         Args:
             output: of the model.
             columns: `(K, *output.shape)`.
         """
-        at_once = 1
-        if len(columns) > 1 and self.edges and _only_dense_steps(output):
-            most = max(1, ROWS_AT_ONCE // self.objective.samples)
-            at_once = math.ceil(len(columns) / math.ceil(len(columns) / most))
-        for some in columns.split(at_once):
-            if len(some) == 1:
-                yield self.gradients([output], [some[0]])
-                continue
-            found = torch.autograd.grad(
-                [output], self.edges, [some], retain_graph=True, allow_unused=True,
-                is_grads_batched=True,
-            )  # fmt: skip
-            for k in range(len(some)):
-                yield self._complete([None if g is None else g[k] for g in found])
+        chain = find_chain(output, self.edges) if self.simple else None
+        if chain is None or not len(columns):
+            for column in columns.split(1):
+                gradients = self.gradients([output], [column[0]])
+                yield column, [g.unsqueeze(0) for g in gradients]
+            return
+        rows = max(1, columns[0, ..., 0].numel())
+        at_once = max(1, ROWS_AT_ONCE // rows)
+        for some in columns.chunk(math.ceil(len(columns) / at_once)):
+            for place, reached in chain.columns(some):
+                yield some, {place: reached}
 
     def _complete(self, found: Sequence[Tensor | None]) -> list[Tensor]:
         return [
@@ -127,7 +137,7 @@ class Plan:
         ]
 
     def columns(
-        self, source: Source, gradients: list[Tensor], outputs: list[Tensor], tangents: list[Tensor]
+        self, source: Source, gradients: ByPlace, outputs: list[Tensor], tangents: list[Tensor]
     ) -> Tensor:
         """Jᵀv of each sample for a parameter with any number of uses, `(N, *shape)`.
 
@@ -309,32 +319,15 @@ def _device(use: Use) -> torch.device:
     return next(iter(use.slots.values())).tensor.device
 
 
-def _only_dense_steps(output: Tensor) -> bool:
-    """Whether the graph behind a tensor is one of matrix products and entrywise functions alone.
-
-    For these several columns at once are one larger matrix product. For convolutions they are
-    slower than one after the other, and not every function can do it.
-    """
-    seen = set()
-    stack = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() not in _DENSE_STEPS:
-            return False
-        seen.add(node)
-        stack += [child for child, _ in node.next_functions]
-    return True
-
-
 def _unseen(record: Record, loss: Tensor, params: dict[str, Tensor]) -> dict[str, str]:
-    """Parameters with more places in the autograd graph than calls that were seen.
+    """Parameters with more places in the autograd graph than the recorded uses account for.
 
-    Custom autograd functions, for one, take tensors past every torch function.
+    Custom autograd functions, for one, take tensors past every torch function. And what changes a
+    view in place cuts the recorded output off: the gradient takes another way past it.
     """
-    leaves = {id(p): name for name, p in params.items()}
-    edges: Counter[str] = Counter()
+    names = {id(p): name for name, p in params.items()}
+    places: Counter[Any] = Counter()
+    leaves: dict[str, Any] = {}
     seen = set()
     stack = [loss.grad_fn]
     while stack:
@@ -345,15 +338,21 @@ def _unseen(record: Record, loss: Tensor, params: dict[str, Tensor]) -> dict[str
         for child, _ in node.next_functions:
             if child is None:
                 continue
+            places[child] += 1
             variable = getattr(child, "variable", None)
-            if variable is not None:
-                name = leaves.get(id(variable))
-                if name is not None:
-                    edges[name] += 1
-            elif child not in seen:
+            if variable is None:
                 stack.append(child)
-    return {
-        name: "it is used by something that is no torch function"
-        for name, count in edges.items()
-        if count > record.appearances[name]
-    }
+            elif id(variable) in names:
+                leaves[names[id(variable)]] = child
+    known = Counter(record.appearances)
+    found = {}
+    for use in record.uses:
+        if use.edge.node in seen:
+            continue
+        for weight in use.slots.values():
+            if weight.direct:
+                known[weight.roots[0]] -= 1
+            elif places[weight.tensor.grad_fn]:
+                found |= dict.fromkeys(weight.roots, "one of its uses is cut off from the loss")
+    unknown = [name for name, leaf in leaves.items() if places[leaf] > known[name]]
+    return found | dict.fromkeys(unknown, "it is used by something that is no torch function")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from assay.curvature.kronecker import KroneckerFactors
 from assay.curvature.layout import Layout
-from assay.curvature.plan import Part, Plan, Source
+from assay.curvature.plan import ByPlace, Part, Plan, Source
 from assay.curvature.uses import EmbeddingUse, LinearUse, MatrixUse, OuterSum, Use
 from assay.functional import Likelihood
 
@@ -54,10 +54,10 @@ def second_order(
             name: [_maker(q, source, common, buffer(q, name)) for q in wanted]
             for name, source in plan.sources.items()
         }
-        gradients_of = plan.column_gradients(output, columns)
-        for tangent, gradients in zip(columns, gradients_of, strict=True):
+        for tangents, gradients in plan.column_gradients(output, columns):
             for name, source in plan.sources.items():
-                _add_column(plan, source, makers[name], gradients, output, tangent)
+                if source.reached(gradients):
+                    _add_columns(plan, source, makers[name], gradients, output, tangents)
         for place, quantity in enumerate(wanted):
             found[quantity] = {name: made[place].finish() for name, made in makers.items()}
     return found
@@ -103,13 +103,13 @@ def output_columns(
     return separate.flatten(0, 1)
 
 
-def _add_column(
+def _add_columns(
     plan: Plan,
     source: Source,
     makers: list,
-    gradients: list[Tensor],
+    gradients: ByPlace,
     output: Tensor,
-    tangent: Tensor,
+    tangents: Tensor,
 ) -> None:
     rows: Tensor | None = None
     for maker in makers:
@@ -117,7 +117,8 @@ def _add_column(
             maker.add(maker.part.gather(gradients))
             continue
         if rows is None:
-            rows = plan.columns(source, gradients, [output], [tangent])
+            assert isinstance(gradients, list)  # of one column, for the graph is no chain
+            rows = plan.columns(source, [g[0] for g in gradients], [output], [tangents[0]])
         maker.add_rows(rows)
 
 
@@ -168,12 +169,13 @@ class _Diagonal:
         part = self.part
         assert part is not None
         if self.outer is None:
-            lead = [v.unsqueeze(0) for v in V] if isinstance(V, list) else V.unsqueeze(0)
-            self._add(part.use.sum_squares(part.slot, lead))
-        elif self.owner and not self.squares:
-            self.squares.append(V.square())
+            self._add(part.use.sum_squares(part.slot, V))
         elif self.owner:
-            self.squares[0].addcmul_(V, V)
+            for v in V:
+                if self.squares:
+                    self.squares[0].addcmul_(v, v)
+                else:
+                    self.squares.append(v.square())
 
     def add_rows(self, rows: Tensor) -> None:
         self._add(rows.square().sum(0))
@@ -210,9 +212,9 @@ class _Product:
         assert self.part is not None
         use = self.part.use
         if isinstance(use, EmbeddingUse):
-            x = use.rows(V, 0).mT.unsqueeze(1)
+            x = use.rows(V, 1).flatten(0, 1).mT.unsqueeze(1)
         else:
-            x = use.gradients(V, 0)  # type: ignore[attr-defined]
+            x = use.gradients(V, 1).flatten(0, 1)  # type: ignore[attr-defined]
             if self.common.approx == "reduce":
                 x = x.sum(-1, keepdim=True)
         if self.sum is None:
@@ -273,16 +275,15 @@ class _Block:
     def add(self, V) -> None:
         assert self.part is not None
         use, slot = self.part.use, self.part.slot
-        lead = [v.unsqueeze(0) for v in V] if isinstance(V, list) else V.unsqueeze(0)
         if not self.dense:
-            self._add_diagonal(use.sum_squares(slot, lead).flatten())
+            self._add_diagonal(use.sum_squares(slot, V).flatten())
             return
         if self.sum is None and isinstance(use, MatrixUse) and _shares(use, slot):
             self.owner = id(use) not in self.common.sums
             fresh = OuterSum(self.common.scale, None if self.out is None else self.out.left)
             self.sum = self.common.sums.setdefault(id(use), fresh)
         if self.owner:
-            self.add_rows(use.columns(slot, lead)[0])
+            self.add_rows(use.columns(slot, V).flatten(0, 1))
 
     def add_rows(self, rows: Tensor) -> None:
         rows = rows.reshape(len(rows), -1)

@@ -380,13 +380,9 @@ def patches(
     """The patches that a convolution sees, `(B, C · kernel, positions)`, in any dimension."""
     if all(k == 1 for k in kernel) and not any(padding) and all(s == 1 for s in stride):
         return images.flatten(2)
-    if len(kernel) <= 2:
-        if len(kernel) == 1:
-            images = images.unsqueeze(2)
-            kernel, stride = (1, *kernel), (1, *stride)
-            padding, dilation = (0, *padding), (1, *dilation)
-        return F.unfold(images, kernel, dilation, padding, stride)
-    images = F.pad(images, [p for p in reversed(padding) for _ in range(2)])
+    # A copy of a view, which all threads share; `F.unfold` is several times slower.
+    if any(padding):
+        images = F.pad(images, [p for p in reversed(padding) for _ in range(2)])
     for dim, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
         span = d * (k - 1) + 1
         images = images.unfold(dim, span, s)[..., ::d]
@@ -422,6 +418,9 @@ def _rows_are_free(*tensors: Tensor) -> bool:
 BLOCK = 128
 """Rows of a symmetric product that are computed at once; what lies right of them is left out."""
 
+POSITIONS = 512
+"""Terms of a sum of outer products that are collected: fewer mostly read and write the sum."""
+
 
 class OuterSum:
     """scale · Σ x xᵀ over samples and positions, `(groups, b, b)`, collected over several calls.
@@ -452,8 +451,8 @@ class OuterSum:
                 total.baddbmm_(one, one.mT, alpha=self.scale)
             return
         self._half = x.shape[2] >= 2 * BLOCK
-        for one in x:
-            self._add(total[0], one[0])
+        for some in x[:, 0].split(math.ceil(POSITIONS / max(1, x.shape[-1]))):
+            self._add(total[0], some.movedim(1, 0).flatten(1))
 
     def _start(self, x: Tensor) -> Tensor:
         if self.total is None:
