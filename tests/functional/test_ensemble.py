@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from assay.functional import Ensemble, EnsembleBatches, EnsembleLoss, fit, train_many
-from assay.functional.ensemble import _plain_layers
+from assay.functional.ensemble import plain_layers
 from assay.models import MLP
 
 # Same arithmetic in another order: some hundred roundings of numbers of order 1.
@@ -140,9 +140,9 @@ def test_loop_runs_what_vmap_cannot():
 
 def test_chains_of_linear_layers_are_found_and_hooks_are_not_skipped():
     chain = MLP((6, 5, 3), "tanh", dropout=0.5)
-    assert len(_plain_layers(chain)) == 5
-    assert _plain_layers(convolutional()) is None
-    assert _plain_layers(nn.Sequential(nn.utils.parametrizations.weight_norm(chain[1]))) is None
+    assert len(plain_layers(chain)) == 5
+    assert plain_layers(convolutional()) is None
+    assert plain_layers(nn.Sequential(nn.utils.parametrizations.weight_norm(chain[1]))) is None
     models = _members(lambda: MLP((6, 5, 3)))
     ensemble = Ensemble(models)
     ensemble.stacked[1].register_forward_hook(lambda module, args, output: 0 * output)

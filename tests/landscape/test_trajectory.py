@@ -44,6 +44,39 @@ def _rotation(n, seed=0):
     return torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0]
 
 
+def label_smoothed(output, target):
+    return F.cross_entropy(output, target, label_smoothing=0.1)
+
+
+class Hidden(nn.Module):
+    """A model whose layers nobody can see to be a chain."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("moving", [["0.weight"], ["2.weight", "2.bias"], ["5.weight"], None])
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, label_smoothed])
+def test_widths_of_a_chain_of_layers_are_those_of_any_model(moving, loss_fn):
+    torch.manual_seed(0)
+    chain = nn.Sequential(
+        nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 6), nn.Dropout(0.5), nn.ReLU(),
+        nn.Linear(6, 3, bias=False),
+    ).double()  # fmt: skip
+    data = torch.randn(30, 4).double(), torch.randint(3, (30,))
+    chosen = [p for n, p in chain.named_parameters() if moving is None or n in moving]
+    directions = F.normalize(torch.randn(5, sum(p.numel() for p in chosen)).double(), dim=1)
+    hidden = None if moving is None else [f"model.{name}" for name in moving]
+    found = flatness(chain, loss_fn, data, directions, params=moving, rtol=1e-8)
+    other = flatness(Hidden(chain), loss_fn, data, directions, params=hidden, rtol=1e-8)
+    torch.testing.assert_close(found.width, other.width, rtol=1e-6, atol=0)
+    assert found.width.isfinite().any()
+
+
 def test_width_of_a_quadratic_is_the_closed_form_along_every_eigendirection():
     h = torch.logspace(-1, 2, 8, dtype=torch.float64)
     Q = _rotation(8)

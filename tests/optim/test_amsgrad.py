@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from assay.kernels import adam
 from assay.kernels.adam import AdamUpdate, adam_updates_
 from assay.optim import AdamNC, AMSGrad, Box, amsgrad
 from assay.optim.projected_adam import Coefficients, Options, _fused_by_torch
@@ -357,7 +358,10 @@ def test_fused_accepts_any_layout(layout):
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-14)
 
 
-def test_fused_is_the_same_on_several_threads():
+@pytest.mark.parametrize("of_torch", [True, False])
+def test_fused_is_the_same_on_several_threads(of_torch, monkeypatch):
+    if not of_torch:
+        monkeypatch.setattr(adam, "_openmp_of_torch", lambda: None)
     size = 5 * (1 << 16) + 5
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(size, generator=generator) for _ in range(2)]
@@ -534,6 +538,82 @@ def test_loads_a_checkpoint_of_adamw_without_amsgrad():
     assert optimizer.param_groups[0]["decoupled"] is True
     optimizer = AdamNC([_start(4)])
     optimizer.load_state_dict(reference.state_dict())
+    assert optimizer.param_groups[0]["beta1"] == 0.9
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_late_checkpoint_of_torch_goes_on_at_its_rate(kind):
+    # At step 10,000 a decay as 1/√t would divide the rate by 100. Gradients that grow keep v at its
+    # maximum, where AMSGrad is Adam.
+    theirs = _start(4)
+    reference = kind([theirs], lr=0.02, weight_decay=0.1)
+    _feed(reference, theirs, _gradients(1, 4) + 5)
+    reference.state[theirs]["step"].fill_(10_000)
+    ours = nn.Parameter(theirs.detach().clone())
+    optimizer = AMSGrad([ours], bias_correction="before_max")
+    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+    assert optimizer.param_groups[0]["lr_decay"] is None
+    larger = 50 + _gradients(5, 4)
+    before = ours.detach().clone()
+    _feed(reference, theirs, larger)
+    _feed(optimizer, ours, larger)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert (ours - before).abs().min() > 0.02  # and not five steps of 0.0002
+    others = AdamNC([_start(4)])
+    others.load_state_dict(reference.state_dict())
+    assert others.param_groups[0]["lr_decay"] is None
+    own = AMSGrad([_start(4)])
+    own.load_state_dict(AMSGrad([_start(4)], lr_decay="sqrt").state_dict())
+    assert own.param_groups[0]["lr_decay"] == "sqrt"
+
+
+@pytest.mark.parametrize("kind", [AMSGrad, AdamNC])
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), "its state has nothing, its groups have"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), r"has \['momentum_buffer'\]"),
+        (torch.optim.RMSprop, "'square_avg'"),
+        (torch.optim.Adagrad, "'sum'"),
+        (torch.optim.Adamax, "'exp_inf'"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(kind, other, words):
+    param = _start(4)
+    reference = other([param])
+    _feed(reference, param, _gradients(2, 4))
+    optimizer = kind([_start(4)])
+    with pytest.raises(
+        ValueError, match=f"of {kind.__name__} or of .* another optimizer: .*{words}"
+    ):
+        optimizer.load_state_dict(reference.state_dict())
+    assert not optimizer.state
+
+
+def test_amsgrad_and_adamnc_do_not_take_each_others_checkpoints():
+    for kind, other in ((AMSGrad, AdamNC), (AdamNC, AMSGrad)):
+        param = _start(4)
+        reference = other([param])
+        _feed(reference, param, _gradients(2, 4))
+        with pytest.raises(ValueError, match=f"must be of {kind.__name__} or"):
+            kind([_start(4)]).load_state_dict(reference.state_dict())
+
+
+def test_cyclic_schedulers_take_adamnc_without_cycling_its_momentum():
+    param = _start(4)
+    optimizer = AdamNC([param], lr=0.1)
+    with pytest.raises(ValueError, match="momentum or beta1"):
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.1, total_steps=10, cycle_momentum=False
+    )
+    rates = []
+    for gradient in _gradients(9, 4):
+        param.grad = gradient
+        optimizer.step()
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert max(rates) == pytest.approx(0.1)
     assert optimizer.param_groups[0]["beta1"] == 0.9
 
 

@@ -152,9 +152,10 @@ class Ensemble(nn.Module):
         return f"num_models={self.num_models}" + ("" if self.vectorize else ", vectorize=False")
 
     def _outputs(self, x: Tensor, *, shared: bool) -> Tensor:
-        layers = _plain_layers(self.stacked) if self.vectorize else None
+        layers = plain_layers(self.stacked) if self.vectorize else None
         if layers is not None and x.ndim >= (2 if shared else 3):
-            return _run_chain(layers, x, self.num_models, shared=shared)
+            weights = dict(self.stacked.named_parameters(remove_duplicate=False))
+            return run_chain(layers, weights, x, self.num_models, shared=shared)
         tensors = dict(self.stacked.named_parameters()) | dict(self.stacked.named_buffers())
         if self.vectorize and not _needs_loop(self.stacked):
             run = torch.func.vmap(
@@ -228,14 +229,36 @@ def _needs_loop(model: nn.Module) -> bool:
     return cumulative or any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
-def _plain_layers(model: nn.Module) -> list[nn.Module] | None:
-    """The layers of a chain of linear and elementwise layers; None of any other model."""
+def plain_layers(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
+    """The layers of a chain of linear and elementwise layers; None of any other model.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Their names and themselves, in the order in which they run; a layer that runs several times
+        keeps its first name.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional.ensemble import plain_layers
+        >>> plain_layers(torch.nn.Sequential(torch.nn.ReLU()))
+        [('0', ReLU())]
+    """
+    layers = _flat_chain(model)
+    if layers is None:
+        return None
+    names = {id(module): name for name, module in model.named_modules()}
+    return [(names[id(layer)], layer) for layer in layers]
+
+
+def _flat_chain(model: nn.Module) -> list[nn.Module] | None:
     if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks:
         return None
     if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
         layers: list[nn.Module] = []
         for child in model:
-            found = _plain_layers(child)
+            found = _flat_chain(child)
             if found is None:
                 return None
             layers += found
@@ -244,11 +267,43 @@ def _plain_layers(model: nn.Module) -> list[nn.Module] | None:
     return [model] if flatten or type(model) in (nn.Linear, *ELEMENTWISE) else None
 
 
-def _run_chain(layers: list[nn.Module], x: Tensor, num_models: int, *, shared: bool) -> Tensor:
-    for layer in layers:
+def run_chain(
+    layers: Sequence[tuple[str, nn.Module]],
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    num_models: int,
+    *,
+    shared: bool,
+) -> Tensor:
+    """Outputs of a chain with M sets of weights, as batched matrix products.
+
+    Args:
+        layers: from `plain_layers`.
+        weights: of the linear layers, `(M, *shape)`, by name.
+        x: inputs, `(M, B, ...)` or, if they are `shared` by all sets, `(B, ...)`.
+        num_models: M.
+        shared: see `x`.
+
+    Returns:
+        Outputs `(M, B, ...)`.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional.ensemble import plain_layers, run_chain
+        >>> layers = plain_layers(torch.nn.Linear(1, 1, bias=False))
+        >>> weights = {"weight": torch.tensor([[[2.0]], [[3.0]]])}
+        >>> run_chain(layers, weights, torch.ones(1, 1), 2, shared=True).flatten()
+        tensor([2., 3.])
+    """
+    fresh = False  # whether nobody else has seen x
+    for name, layer in layers:
         if isinstance(layer, nn.Linear):
-            x = _shared_linear(layer, x) if shared else _own_linear(layer, x)
-            shared = False
+            prefix = f"{name}." if name else ""
+            linear = _shared_linear if shared else _own_linear
+            x = linear(weights[prefix + "weight"], weights.get(prefix + "bias"), x)
+            shared, fresh = False, True
+        elif fresh and type(layer) is nn.ReLU and not x.requires_grad:
+            x = x.relu_()
         elif isinstance(layer, nn.Flatten):
             x = x.flatten(1 if shared else 2)
         else:
@@ -258,23 +313,22 @@ def _run_chain(layers: list[nn.Module], x: Tensor, num_models: int, *, shared: b
     return x.expand(num_models, *x.shape) if shared else x
 
 
-def _own_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def _own_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """A linear layer with stacked weights `(M, out, in)` on the members' own `(M, ..., in)`."""
     flat = x.flatten(1, -2)
     # W xᵀ rather than x Wᵀ: its derivative by W comes out in the memory layout of W, and the
     # optimizer gets it without a copy.
-    if layer.bias is None:
-        out = torch.bmm(layer.weight, flat.mT)
+    if bias is None:
+        out = torch.bmm(weight, flat.mT)
     else:
-        out = torch.baddbmm(layer.bias.unsqueeze(-1), layer.weight, flat.mT)
+        out = torch.baddbmm(bias.unsqueeze(-1), weight, flat.mT)
     return out.mT.unflatten(1, x.shape[1:-1])
 
 
-def _shared_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def _shared_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """The same on inputs `(..., in)` that all members share: one matrix product."""
-    bias = None if layer.bias is None else layer.bias.flatten()
-    out = F.linear(x, layer.weight.flatten(0, 1), bias)
-    return out.unflatten(-1, layer.weight.shape[:2]).movedim(-2, 0)
+    out = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    return out.unflatten(-1, weight.shape[:2]).movedim(-2, 0)
 
 
 class EnsembleLoss(nn.Module):

@@ -1,18 +1,21 @@
 """One pass over parameter, gradient and moments for AMSGrad and AdamNC on the CPU."""
 
+import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
 # Elements that a thread takes at a time: few enough that no thread waits long for the other at the
-# end of a step, enough that taking them (about 5 µs) costs nothing beside 0.8 ns an element.
+# end of a step, enough that listing them (about 3 µs) costs little beside 0.8 ns an element.
 _CHUNK = 1 << 16
 
 # Below this many elements of a step a second thread costs more than it saves: about 100 µs.
@@ -32,6 +35,18 @@ def _pointer(typingctx, address, like):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(like)(address, like), build
+
+
+@intrinsic
+def _take(typingctx, address):
+    """The next number of a counter at an address, which all threads share."""
+
+    def build(context, builder, signature, args):
+        number = ir.IntType(64)
+        counter = builder.inttoptr(args[0], number.as_pointer())
+        return builder.atomic_rmw("add", counter, number(1), "monotonic")
+
+    return types.int64(types.int64), build
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -78,6 +93,33 @@ def _update(
         param[i] = x - (zero if scale == zero else move)
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def _work(job_at, zero):
+    """Take chunks until there is none.
+
+    A job holds a counter, the number of chunks, and where their integers (five addresses and a
+    size) and their numbers begin.
+    """
+    job = carray(_pointer(job_at, types.int64(0)), 4)
+    integers = carray(_pointer(job[2], types.int64(0)), (job[1], 6))
+    numbers = carray(_pointer(job[3], zero), (job[1], 11))
+    while True:
+        i = _take(job_at)
+        if i >= job[1]:
+            return
+        a, s = integers[i], numbers[i]
+        if a[4] == 0:
+            _update(
+                a[0], a[1], a[2], a[3], None, a[5],
+                s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10],
+            )  # fmt: skip
+        else:
+            _update(
+                a[0], a[1], a[2], a[3], a[4], a[5],
+                s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10],
+            )  # fmt: skip
+
+
 class AdamUpdate(NamedTuple):
     """One parameter's update; the tensors are changed in place.
 
@@ -104,15 +146,18 @@ class AdamUpdate(NamedTuple):
         written = [self.param, self.exp_avg, self.exp_avg_sq]
         return written if self.max_exp_avg_sq is None else [*written, self.max_exp_avg_sq]
 
-    def addresses(self) -> list[int | None]:
-        """Where the tensors begin."""
+    def integers(self) -> Iterator[list[int]]:
+        """Where the tensors' parts of a chunk begin, 0 for no tensor, and its size; by chunk."""
         tensors = (self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq)
-        return [None if t is None else t.data_ptr() for t in tensors]
+        begin = [0 if t is None else t.data_ptr() for t in tensors]
+        size, width = self.param.numel(), self.param.element_size()
+        for start in range(0, size, _CHUNK):
+            here = [at + start * width if at else 0 for at in begin]
+            yield [*here, min(_CHUNK, size - start)]
 
-    def scalars(self) -> list[np.floating]:
-        """What the kernel takes after the tensors, in their dtype."""
-        number = np.float32 if self.param.dtype == torch.float32 else np.float64
-        values = (
+    def numbers(self) -> tuple[float, ...]:
+        """What the kernel takes after the tensors."""
+        return (
             -1.0 if self.maximize else 1.0,
             self.shrink,
             self.weight_decay,
@@ -125,15 +170,15 @@ class AdamUpdate(NamedTuple):
             self.eps,
             0.0,
         )
-        return [number(value) for value in values]
 
 
 def adam_updates_(updates: Sequence[AdamUpdate]) -> None:
     """Update parameters and their moments in place, in one pass over memory.
 
     The work is split over `torch.get_num_threads()` threads, which take it in small chunks: one
-    that is held up (by other programs, or by torch's own threads, which spin for a while after
-    their last work) does not hold up the step. The kernel holds no lock.
+    that is held up by other programs does not hold up the step. They are torch's own threads
+    where torch runs on OpenMP: those spin for a while after their last work, on the cores that
+    threads of another pool would need. The kernel holds no lock.
 
     Args:
         updates: of different parameters.
@@ -141,29 +186,51 @@ def adam_updates_(updates: Sequence[AdamUpdate]) -> None:
     written = [tensor for update in updates for tensor in update.written]
     # The kernel writes behind autograd's back: a graph that saved one of these must notice.
     torch.autograd.graph.increment_version(written)
-    threads = torch.get_num_threads()
+    for dtype in SUPPORTED_DTYPES:
+        alike = [update for update in updates if update.param.dtype == dtype]
+        if alike:
+            _run(alike, np.float32 if dtype == torch.float32 else np.float64)
+
+
+def _run(updates: Sequence[AdamUpdate], number: type) -> None:
+    """All chunks of parameters of one dtype, on as many threads as are worth it."""
+    chunks = [(part, u.numbers()) for u in updates for part in u.integers()]
+    integers = np.array([part for part, _ in chunks], dtype=np.int64)
+    numbers = np.array([values for _, values in chunks], dtype=number)
+    job = np.array([0, len(chunks), integers.ctypes.data, numbers.ctypes.data], dtype=np.int64)
+    at, threads = job.ctypes.data, torch.get_num_threads()
+    openmp = _openmp_of_torch()
     if threads < 2 or sum(update.param.numel() for update in updates) < _PARALLEL:
-        for update in updates:
-            _update(*update.addresses(), update.param.numel(), *update.scalars())
-        return
-    chunks = iter([chunk for update in updates for chunk in _chunks(update)])
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(_work, chunks) for _ in range(threads - 1)]
-        _work(chunks)
-    for other in others:
-        other.result()
+        _work(at, number(0))
+    elif openmp is not None:
+        openmp(_task(number), ctypes.c_void_p(at), ctypes.c_uint(threads), ctypes.c_uint(0))
+    else:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(_work, at, number(0)) for _ in range(threads - 1)]
+            _work(at, number(0))
+        for other in others:
+            other.result()
 
 
-def _chunks(update: AdamUpdate) -> Iterator[tuple]:
-    """Arguments of the kernel for a part of the parameter each."""
-    addresses, scalars = update.addresses(), update.scalars()
-    size, width = update.param.numel(), update.param.element_size()
-    for start in range(0, size, _CHUNK):
-        shifted = [None if at is None else at + start * width for at in addresses]
-        yield (*shifted, min(_CHUNK, size - start), *scalars)
+@lru_cache
+def _openmp_of_torch() -> Callable[..., Any] | None:
+    """What compiled code calls for a parallel region, of the OpenMP library that torch has loaded.
+
+    GNU's and, under the same name, LLVM's and Intel's libraries have it on Linux.
+    """
+    try:
+        return ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
 
 
-def _work(chunks: Iterator[tuple]) -> None:
-    """Take chunks until there is none; all threads share the iterator, under the lock."""
-    for chunk in chunks:
-        _update(*chunk)
+@lru_cache
+def _task(number: type) -> ctypes.c_void_p:
+    """Address of `_work` for C: what each thread of a parallel region runs."""
+    zero = number(0)
+
+    @cfunc(types.void(types.int64), cache=True)
+    def task(job_at):
+        _work(job_at, zero)
+
+    return ctypes.c_void_p(task.address)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +171,7 @@ class Totals:
         samples = 0
         loss = right = None
         for out, y in outputs:
-            batch = self._means(out, y).double() * len(y)
+            batch = losses_at_points(self.loss_fn, out, y).double() * len(y)
             loss = batch if loss is None else loss + batch
             samples += len(y)
             if _are_classes(out, y):
@@ -185,20 +186,29 @@ class Totals:
         if right is not None:
             self.accuracies.append(right.cpu() / samples)
 
-    def _means(self, out: Tensor, y: Tensor) -> Tensor:
-        """The loss at each of the weight vectors."""
-        plain = self.loss_fn is F.cross_entropy and out.ndim == 3 and y.ndim == 1
-        if plain and not y.is_floating_point() and not bool((y < 0).any()):
-            # Samples innermost: torch is several times slower along rows of a few classes.
-            terms = F.cross_entropy(out.mT.contiguous(), y.expand(len(out), -1), reduction="none")
-            return terms.mean(1)
-        return torch.stack([self.loss_fn(o, y) for o in out])
-
     def evaluation(self) -> Evaluation:
         """The means over all that was added."""
         empty = torch.zeros(0, dtype=torch.float64)
         loss = torch.cat(self.losses) if self.losses else empty
         return Evaluation(loss, torch.cat(self.accuracies) if self.accuracies else None)
+
+
+def losses_at_points(
+    loss_fn: Callable[[Any, Any], Tensor], outputs: Tensor, targets: Tensor
+) -> Float[Tensor, " k"]:
+    """The loss at each of K weight vectors.
+
+    Args:
+        loss_fn: `(output, target) -> scalar`, a mean over the batch.
+        outputs: `(K, N, ...)`.
+        targets: `(N, ...)`, the same for all.
+    """
+    plain = loss_fn is F.cross_entropy and outputs.ndim == 3 and targets.ndim == 1
+    if plain and not targets.is_floating_point() and not bool((targets < 0).any()):
+        # Samples innermost: torch is several times slower along rows of a few classes.
+        by_class, repeated = outputs.mT.contiguous(), targets.expand(len(outputs), -1)
+        return F.cross_entropy(by_class, repeated, reduction="none").mean(1)
+    return torch.stack([loss_fn(out, targets) for out in outputs])
 
 
 def _are_classes(outputs: Tensor, targets: Tensor) -> bool:

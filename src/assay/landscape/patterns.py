@@ -518,18 +518,36 @@ class PlaneModel(nn.Module):
 
     def axes(self) -> tuple[Tensor, Tensor]:
         """The directions u and r, `(P,)` each."""
-        r = (self.right - self.origin).double()
-        u = self.up.double()
-        if not self.orthogonal:
-            return (self.up - self.origin), r.to(self.origin)
-        u = u - (u @ r) / (r @ r) * r
-        u = u * (r.norm() / u.norm())
-        return u.to(self.origin), r.to(self.origin)
+        _, r, up = self._basis()
+        tilt, stretch = self._tilt_and_stretch(r, up)
+        return stretch * (up - tilt * r), r
 
     def weights(self, coordinates: Float[Tensor, "k 2"]) -> Float[Tensor, "k p"]:
         """The weight vectors at points (α, β)."""
-        axes = torch.stack(self.axes())
-        return self.origin + self.scale * coordinates.to(axes) @ axes
+        basis = self._basis()
+        return self._coefficients(coordinates, *basis[1:]) @ torch.stack(basis)
+
+    def _basis(self) -> tuple[Tensor, Tensor, Tensor]:
+        """O, r and U (or U − O), whose combinations are all points of the plane."""
+        up = self.up if self.orthogonal else self.up - self.origin
+        return self.origin, self.right - self.origin, up
+
+    def _coefficients(
+        self, coordinates: Float[Tensor, "k 2"], r: Float[Tensor, " p"], up: Float[Tensor, " p"]
+    ) -> Float[Tensor, "k 3"]:
+        """Of the points (α, β) in the basis: u itself need not be formed, nor its gradient."""
+        tilt, stretch = self._tilt_and_stretch(r, up)
+        alpha, beta = (self.scale * coordinates.to(r)).unbind(1)
+        alpha = stretch * alpha
+        return torch.stack([torch.ones_like(beta), beta - tilt * alpha, alpha], dim=1)
+
+    def _tilt_and_stretch(self, r: Tensor, up: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Numbers a and b with u = b (U − a r)."""
+        if not self.orthogonal:
+            return 0.0, 1.0
+        rr, ru, uu = _Products.apply(r, up)
+        tilt = ru / rr
+        return tilt.to(r), (rr / (uu - tilt * ru)).sqrt().to(r)
 
     def coordinates(self, mask: np.ndarray) -> Float[Tensor, "rows columns 2"]:
         """(α, β) of every cell of a mask: unit steps, the mask's centre at the origin."""
@@ -544,18 +562,35 @@ class PlaneModel(nn.Module):
         template.train(self.training)
         if self._shared is None:
             self._shared = layers_at_the_input(template, x)
-        basis = torch.stack([self.origin, *self.axes()])
-        scaled = self.scale * coordinates.to(basis)
-        c = torch.cat([torch.ones_like(scaled[:, :1]), scaled], dim=1)
-        return span_outputs(
-            template, self.layout.unflatten(basis, aliases=True), c, x, self._shared
-        )
+        basis = self._basis()
+        tensors = self.layout.unflatten(torch.stack(basis), aliases=True)
+        c = self._coefficients(coordinates, *basis[1:])
+        return span_outputs(template, tensors, c, x, self._shared)
 
     def export(self, alpha: float, beta: float) -> Mapping[str, Tensor]:
         """The parameters at (α, β), by name, for `load_state_dict(..., strict=False)`."""
         with torch.no_grad():
             vector = self.weights(torch.tensor([[alpha, beta]]))[0]
         return {name: t.clone() for name, t in self.layout.unflatten(vector).items()}
+
+
+class _Products(torch.autograd.Function):
+    """r·r, r·u and u·u in float64; their gradients are formed without vectors in float64."""
+
+    @staticmethod
+    def forward(r: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r, u = r.double(), u.double()
+        return r @ r, r @ u, u @ u
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: object) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        r, u = ctx.saved_tensors
+        rr, ru, uu = (grad.to(r) for grad in grads)
+        return torch.addcmul(r * (2 * rr), u, ru), torch.addcmul(u * (2 * uu), r, ru)
 
 
 class MultiPointLoss(nn.Module):
@@ -587,14 +622,11 @@ class MultiPointLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, good: Tensor) -> Tensor:
         """The loss of outputs `(K, N, C)` at points that are `good` `(K,)` or bad."""
-        k, n = logits.shape[:2]
-        repeated = target.repeat(k)
-        losses = F.cross_entropy(logits.flatten(0, 1), repeated, reduction="none").view(k, n)
+        # Samples innermost: torch is several times slower along rows of a few classes.
+        losses = F.cross_entropy(logits.mT, target.expand(len(logits), -1), reduction="none")
         means = losses.mean(1)
-        bad = means[~good].clamp(max=self.clip)
-        zero = means.new_zeros(())
-        pull = means[good].mean() if bool(good.any()) else zero
-        push = bad.mean() if len(bad) else zero
+        pull = torch.where(good, means, 0).sum() / good.sum().clamp(min=1)
+        push = torch.where(good, 0, means.clamp(max=self.clip)).sum() / (~good).sum().clamp(min=1)
         return pull - self.negative_weight * push
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from assay.functional import ParameterLayout, plain_attention, running_norms
+from assay.functional.ensemble import plain_layers, run_chain
 from assay.landscape.evaluation import Batches, Evaluation, Totals, evaluate
 
 CPU_SAMPLES = 8_192  # points times samples at once: beyond, activations leave the cache
@@ -122,6 +123,9 @@ def span_outputs(
         memory: keeps what these layers answer at the basis vectors, for further calls with the same
             input and weights.
     """
+    chain = plain_layers(model)
+    if chain is not None and x.ndim >= 2:
+        return _chain_outputs(chain, tensors, coefficients, x, shared, memory)
     layers = {name: model.get_submodule(name) for name in shared}
     rest = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in layers}
 
@@ -134,6 +138,42 @@ def span_outputs(
 
     with plain_attention():
         return torch.func.vmap(output, randomness="different")(coefficients)
+
+
+def _chain_outputs(
+    layers: list[tuple[str, nn.Module]],
+    tensors: Mapping[str, Tensor],
+    coefficients: Tensor,
+    x: Tensor,
+    shared: Sequence[str],
+    memory: dict[str, Tensor] | None,
+) -> Tensor:
+    """The same of a chain of linear and elementwise layers, by batched products without `vmap`."""
+    names = [name for name, _ in layers]
+    before = layers[: names.index(shared[0])] if shared else []
+    alike = bool(shared) and not any(isinstance(layer, nn.Dropout) for _, layer in before)
+    if alike:  # the first linear layer runs at the basis vectors, what follows at the points
+        for _, layer in before:
+            x = layer(x)
+        first, known = layers[len(before)], {} if memory is None else memory
+        if first[0] not in known:
+            basis = len(coefficients.T)
+            own = x.expand(basis, *x.shape)
+            known[first[0]] = run_chain([first], tensors, own, basis, shared=False)
+        x = _mix(coefficients, known[first[0]].mT).mT  # in memory samples come last
+        layers = layers[len(before) + 1 :]
+    moving = {name for name, _ in layers}
+    weights = {
+        name: _mix(coefficients, t)
+        for name, t in tensors.items()
+        if name.rpartition(".")[0] in moving
+    }
+    return run_chain(layers, weights, x, len(coefficients), shared=not alike)
+
+
+def _mix(coefficients: Float[Tensor, "k b"], tensors: Tensor) -> Tensor:
+    """Combinations of B tensors `(B, ...)`, `(K, ...)`."""
+    return (coefficients @ tensors.flatten(1)).unflatten(1, tensors.shape[1:])
 
 
 def layers_at_the_input(model: nn.Module, x: Tensor) -> list[str]:

@@ -1,6 +1,7 @@
 """What SGD's own trajectory tells of the loss around a solution (Feng and Tu, 2021)."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from assay.functional import (
     plain_attention,
     select_parameters,
 )
+from assay.functional.ensemble import plain_layers, run_chain
 from assay.functional.products import Batch, Selection
+from assay.landscape.evaluation import losses_at_points
 from assay.landscape.span import answering, layers_at_the_input, outputs_of
 
 # Weight vectors times samples that run at once: beyond, activations leave the cache.
@@ -339,7 +342,9 @@ class _Losses:
         single = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
         self._data: Iterable[Batch] = [data] if single else data  # type: ignore[list-item]
         self._resting: dict[int, dict[str, Tensor]] = {}
+        self._inside: dict[int, Tensor] = {}
         self._batched = not any(isinstance(module, nn.RNNBase) for module in model.modules())
+        self._chain = plain_layers(model)
 
     def weights(self) -> Tensor:
         return self.layout.flatten(self.params).detach()
@@ -366,6 +371,10 @@ class _Losses:
         return total / samples
 
     def _losses(self, vectors: Tensor, inputs: Any, targets: Any) -> Tensor:
+        if self._chain is not None and isinstance(inputs, Tensor) and inputs.ndim >= 2:
+            outputs = self._outputs_of_chain(self._chain, vectors, inputs)
+            return losses_at_points(self.loss_fn, outputs, targets)
+
         def loss(vector: Tensor) -> Tensor:
             weights = self.layout.unflatten(vector)
             output = torch.func.functional_call(self.model, weights, (inputs,))
@@ -377,6 +386,35 @@ class _Losses:
             for name, answer in self._answers_at_rest(inputs).items():
                 stack.enter_context(answering(self.model.get_submodule(name), answer))
             return torch.func.vmap(loss)(vectors)
+
+    def _outputs_of_chain(
+        self, layers: list[tuple[str, nn.Module]], vectors: Tensor, inputs: Tensor
+    ) -> Tensor:
+        """Outputs `(K, N, ...)` of linear and elementwise layers, by batched products."""
+        moved = self.layout.unflatten(vectors)
+        names = {id(p): name for name, p in self.params.items()}
+        weights: dict[str, Tensor] = {}
+        moving: set[str] = set()
+        for place, p in self.model.named_parameters(remove_duplicate=False):
+            if id(p) in names:
+                weights[place] = moved[names[id(p)]]
+                moving.add(place.rpartition(".")[0])
+            else:
+                weights[place] = p.expand(len(vectors), *p.shape)
+        resting = list(itertools.takewhile(lambda layer: layer[0] not in moving, layers))
+        x = self._after(resting, inputs)
+        return run_chain(layers[len(resting) :], weights, x, len(vectors), shared=True)
+
+    def _after(self, layers: list[tuple[str, nn.Module]], inputs: Tensor) -> Tensor:
+        """What layers that do not move make of a batch, once if it stays the same."""
+        if id(inputs) in self._inside:
+            return self._inside[id(inputs)]
+        x = inputs
+        for _, layer in layers:
+            x = layer(x)
+        if isinstance(self._data, list):  # a loader may give other inputs each time
+            self._inside[id(inputs)] = x
+        return x
 
     def _answers_at_rest(self, inputs: Any) -> dict[str, Tensor]:
         """What layers that see the data themselves and do not move say, once for one batch."""

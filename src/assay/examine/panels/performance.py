@@ -518,9 +518,10 @@ def _class_findings(data: Sample, test: _Answers) -> list[Finding]:
             found.append((hits / n, n, c))
     if not found:
         return []
-    share, n, c = min(found)
-    others = len(found) - 1
-    more = f"; as weak are {others} more" if others else ""
+    (share, n, c), *others = sorted(found)
+    more = (
+        f"; also behind: {', '.join(_label(data, k) for _, _, k in others[:3])}" if others else ""
+    )
     return [
         Finding(
             f"Class {_label(data, c)} is recognised in {percent(share)} of its {n} test "
