@@ -203,7 +203,12 @@ def _run(updates: Sequence[AdamUpdate], number: type) -> None:
     if threads < 2 or sum(update.param.numel() for update in updates) < _PARALLEL:
         _work(at, number(0))
     elif openmp is not None:
-        openmp(_task(number), ctypes.c_void_p(at), ctypes.c_uint(threads), ctypes.c_uint(0))
+        openmp(
+            ctypes.c_void_p(_task(number).address),
+            ctypes.c_void_p(at),
+            ctypes.c_uint(threads),
+            ctypes.c_uint(0),
+        )
     else:
         with ThreadPoolExecutor(threads - 1) as pool:
             others = [pool.submit(_work, at, number(0)) for _ in range(threads - 1)]
@@ -225,12 +230,12 @@ def _openmp_of_torch() -> Callable[..., Any] | None:
 
 
 @lru_cache
-def _task(number: type) -> ctypes.c_void_p:
-    """Address of `_work` for C: what each thread of a parallel region runs."""
+def _task(number: type) -> Any:
+    """`_work` as C calls it on each thread; kept, since its code lives as long as it does."""
     zero = number(0)
 
     @cfunc(types.void(types.int64), cache=True)
     def task(job_at):
         _work(job_at, zero)
 
-    return ctypes.c_void_p(task.address)
+    return task
