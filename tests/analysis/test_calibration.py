@@ -1,5 +1,7 @@
 """Calibration error against torchmetrics, temperature against its definition."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,3 +70,58 @@ def test_bad_input():
         confidence_bins(torch.rand(3), 0)
     with pytest.raises(ValueError, match="at least one"):
         fit_temperature(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
+    ends = torch.tensor([1.0 + 5e-7, 0.0])  # what rounding makes of a sum of probabilities
+    assert confidence_bins(ends, 4).tolist() == [3, 0]
+
+
+def test_correctness_may_be_boolean():
+    confidence, correct = torch.rand(30), torch.rand(30) < 0.5
+    bins = confidence_bins(confidence, 5)
+    as_numbers = calibration_error(confidence, correct.float(), bins)
+    assert torch.equal(calibration_error(confidence, correct, bins), as_numbers)
+    assert torch.equal(calibration_error(confidence, correct.long(), bins), as_numbers)
+
+
+HALF = torch.full((3,), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: confidence_bins(torch.tensor([math.nan, 0.5, 1.5, -1.0])),
+            r"confidence must be in \[0, 1\], got 3 of 4 values that are not, e.g. nan",
+        ),
+        (
+            lambda: confidence_bins(torch.tensor([math.nan, 0.5]), adaptive=True),
+            "confidence must not be NaN, got 1 NaN",
+        ),
+        (
+            lambda: calibration_error(HALF, torch.tensor([0, 7, 1]), torch.zeros(3).long()),
+            r"correct must be in \[0, 1\], got 1 of 3 values that are not, e.g. 7",
+        ),
+        (
+            lambda: calibration_error(HALF, torch.ones(1), torch.zeros(3).long()),
+            r"correct must hold one value a confidence, \(3,\), got \(1,\)",
+        ),
+        (
+            lambda: calibration_error(HALF, torch.ones(3), torch.zeros(2).long()),
+            r"bin_of must hold one value a confidence, \(3,\), got \(2,\)",
+        ),
+        (
+            lambda: fit_temperature(torch.full((5, 3), math.nan), torch.zeros(5).long()),
+            "logits must be finite, got 15 of 15 values",
+        ),
+        (
+            lambda: fit_temperature(torch.zeros(5, 3), torch.arange(5)),
+            "y must hold class indices from 0 to 2, got 2 of 5 that are not, e.g. 3",
+        ),
+        (
+            lambda: fit_temperature(torch.zeros(5, 3), torch.arange(4)),
+            r"y must hold one class index a sample, \(5,\) integers, got \(4,\)",
+        ),
+    ],
+)
+def test_what_is_no_confidence_correctness_logit_or_label_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

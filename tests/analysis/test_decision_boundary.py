@@ -285,6 +285,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             DeepDIG(self.model, 0, t).fit(x)
 
+    def test_labels_are_one_a_sample(self):
+        x = torch.rand(200, 2, generator=generator())
+        for y in (torch.zeros(40), torch.zeros(200, 1)):
+            with pytest.raises(ValueError, match=r"one label a sample, \(200,\), got \("):
+                DeepDIG(self.model, 0, 1, steps=1).fit(x, y.long())
+
     def test_too_few_survivors_are_counted(self):
         x = torch.rand(40, 2, generator=generator()) * torch.tensor([1.0, 0.1])
         dig = DeepDIG(self.model, 0, 1, alpha=0.0, steps=1)

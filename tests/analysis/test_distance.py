@@ -81,6 +81,25 @@ def test_points_are_of_another_class_and_near_the_best_on_a_grid():
     assert (found.distance <= plain.distance * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_points_are_of_another_class_when_evaluated_again(seed, dtype):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
+    )
+    model = model.eval().to(dtype)
+    x = torch.rand(100, 1, 8, 8).to(dtype)
+    found = boundary_distance(model, x, batch_size=50)
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in found.point.split(50)])
+    across = found.found & (found.distance > 0)
+    assert across.float().mean() > 0.9
+    assert (logits.argmax(1) != found.predicted)[across].all()
+    best = logits.amax(1, keepdim=True)
+    assert torch.equal(logits.gather(1, found.other.unsqueeze(1))[across], best[across])
+
+
 def test_a_constant_classifier_has_no_boundary():
     model = nn.Linear(3, 4)
     nn.init.zeros_(model.weight)

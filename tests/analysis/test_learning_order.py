@@ -58,6 +58,39 @@ def test_agreement_of_a_table_made_by_hand():
     assert torch.equal(total_agreement(predictions), torch.tensor([3, 2, 3, 1]).double() / 3)
 
 
+PREDICTIONS = torch.tensor([[[0, 1, 7], [1, 1, 1], [0, 0, 1]]])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: tp_agreement(PREDICTIONS),
+        lambda: accessibility(PREDICTIONS),
+        lambda: agreement_icc(PREDICTIONS),
+        lambda: agreement_table(PREDICTIONS),
+        lambda: class_table(PREDICTIONS, torch.zeros(3).long()),
+        lambda: nested_learning(TABLE[:, :3], PREDICTIONS[0]),
+        lambda: extent_at_accuracy(PREDICTIONS, 0.5),
+        lambda: CorrectnessRecorder(3, 3).record(1, PREDICTIONS[0]),
+    ],
+)
+def test_class_predictions_are_not_taken_for_correctness(call):
+    with pytest.raises(ValueError, match=r"values such as 7; .* take predictions == labels"):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
+def test_ones_and_zeros_are_correctness(dtype):
+    numbers = TABLE.to(dtype)
+    assert torch.equal(tp_agreement(numbers), tp_agreement(TABLE))
+    assert torch.equal(agreement_icc(numbers), agreement_icc(TABLE))
+    recorder = CorrectnessRecorder(4, 3)
+    recorder.record(1, numbers)
+    assert torch.equal(recorder.correct[0], TABLE)
+    with pytest.raises(ValueError, match="values such as nan"):
+        tp_agreement(torch.full((3, 2), math.nan))
+
+
 @given(st.integers(3, 9), st.integers(1, 30), st.integers(0, 2**31))
 def test_total_agreement_is_the_share_of_the_mode_and_bounds_tp_agreement(models, examples, seed):
     generator = torch.Generator().manual_seed(seed)

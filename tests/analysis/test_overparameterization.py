@@ -338,6 +338,20 @@ def test_bad_input_is_named(call, match):
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        lambda net: run_perceptron_sgd(net, torch.eye(2), torch.ones(2)),
+        lambda net: run_perceptron_sgd(net, torch.eye(2), torch.ones(2), max_epochs=3),
+        lambda net: update_certificate(net, torch.eye(2), torch.ones(2)),
+        lambda net: perceptron_step(net, torch.eye(2)[0], 1.0, 1.0),
+    ],
+)
+def test_other_nets_are_refused_by_name(call):
+    with pytest.raises(TypeError, match="net must be a TwoLayerLeakyNet, got Linear"):
+        call(torch.nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize(
     ("change", "match"),
     [
         ({"y": torch.tensor([0, 1])}, r"pass 2 \* y - 1"),

@@ -254,6 +254,16 @@ def test_monitor_takes_an_unknown_optimizer():
         StepSizeMonitor(optimizer, tolerance=-1.0)
 
 
+@pytest.mark.parametrize(("momentum", "kept"), [(0.0, "nothing"), (0.9, "momentum_buffer")])
+def test_monitor_of_an_optimizer_without_a_second_moment_says_so(momentum, kept):
+    param = _point()
+    optimizer = torch.optim.SGD([param], lr=0.1, momentum=momentum)
+    StepSizeMonitor(optimizer)
+    param.grad = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"no second moment under a known name.* has .*{kept}"):
+        optimizer.step()
+
+
 def test_monitored_optimizer_is_still_copied():
     param = _point()
     optimizer = AMSGrad([param])

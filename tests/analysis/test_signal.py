@@ -304,3 +304,44 @@ def test_hooks_are_gone_after_an_error():
         propagation_report(nn.Linear(4, 3), batch(4), lambda out, y: out)
     with pytest.raises(ValueError, match="does not depend"):
         propagation_report(nn.Linear(4, 3), batch(4), lambda out, y: torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_laid_to_the_inputs_and_not_to_the_initialisation(bad):
+    net = nn.Linear(4, 3)
+    x, y = batch(4)
+    x[2, 1] = bad
+    with pytest.raises(ValueError, match=r"inputs must be finite, got 1 of 128 values"):
+        propagation_report(net, (x, y), F.cross_entropy)
+    x, y = torch.randn(5, 4), torch.randn(5, 3)
+    y[0] = bad
+    with pytest.raises(ValueError, match=r"targets must be finite, got 3 of 15 values"):
+        propagation_report(net, (x, y), F.mse_loss)
+
+
+def test_a_mask_of_minus_infinity_is_no_bad_input():
+    net = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    inputs = {"src": torch.randn(3, 4, 8), "src_mask": torch.full((4, 4), -math.inf).triu(1)}
+
+    def loss(out, y):
+        return out.square().mean()
+
+    assert math.isfinite(propagation_report(net, (inputs, None), loss).loss)
+    with torch.no_grad():
+        net.linear1.weight.fill_(1e30)
+        net.linear2.weight.fill_(1e30)
+    assert propagation_report(net, (inputs, None), loss).advice[0].kind == "overflow"
+
+
+def test_a_loss_that_overflows_behind_finite_outputs_is_not_healthy():
+    report = propagation_report(nn.Linear(4, 3), batch(4), lambda out, y: (1e38 * out.exp()).sum())
+    assert report.loss == math.inf
+    assert report.advice[0].kind == "overflow"
+    assert report.advice[0].text.startswith("The loss is inf although all outputs are finite")
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(0, 4), torch.zeros(0, 5, dtype=torch.int64)])
+def test_an_empty_batch_says_nothing_about_a_model(inputs):
+    net = nn.Linear(4, 3) if inputs.is_floating_point() else nn.Embedding(9, 3)
+    with pytest.raises(ValueError, match="at least one sample, got an empty batch"):
+        propagation_report(net, (inputs, torch.zeros(0)), lambda out, y: out.sum())

@@ -842,6 +842,60 @@ def test_a_lost_rank_is_a_clear_error_for_all_others(how):
             process.join()
 
 
+def takes_a_first_step(pipe, rank, size, port, topology):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    if rank == 1:
+        time.sleep(FIRST_TIMEOUT + 2)  # a slow start is no silence
+    options = {"method": "dsgd", "topology": topology, "timeout": FIRST_TIMEOUT}
+    _, optimizer, closure = make_optimizer(options)
+    if rank == 1:
+        pipe.send("constructed")
+        time.sleep(120)
+    begin = time.monotonic()
+    try:
+        optimizer.step(closure)
+    except RuntimeError as error:
+        pipe.send((str(error), time.monotonic() - begin))
+
+
+FIRST_TIMEOUT = 3.0
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "topology", [Topology.complete(2), Topology.ring(2).mixing(lazy=True)], ids=["complete", "lazy"]
+)
+def test_the_timeout_holds_for_the_first_step_too_and_the_process_ends(topology):
+    context = multiprocessing.get_context("forkserver")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipes, processes = [], []
+    try:
+        for rank in range(2):
+            ours, theirs = context.Pipe()
+            job = (theirs, rank, 2, store.port, topology)
+            process = context.Process(target=takes_a_first_step, args=job, daemon=True)
+            process.start()
+            pipes.append(ours)
+            processes.append(process)
+        assert pipes[1].poll(120)
+        assert pipes[1].recv() == "constructed"
+        assert pipes[0].poll(60)
+        message, seconds = pipes[0].recv()
+        assert message.startswith("rank 0 lost another rank in gossip round")
+        assert "was silent for 3 s" in message
+        # The silent rank lives for two minutes, and gloo's own timeout is half an hour.
+        assert FIRST_TIMEOUT - 0.5 < seconds < 30
+        processes[0].join(45)
+        assert processes[0].exitcode == 0
+        assert processes[1].is_alive()
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
 def test_methods_by_name_and_instance_are_the_same():
     for name, method in (("gt", GradientTracking()), ("extra", EXTRA()), ("prox_pda", ProxPDA())):
         assert torch.equal(agents(name).run(3), agents(method).run(3))

@@ -218,6 +218,8 @@ def test_bad_arguments_are_named():
     correction.compress(torch.ones(4))
     with pytest.raises(ValueError, match="4 entries as the tensors before it, got 5"):
         correction.compress(torch.ones(5))
+    with pytest.raises(TypeError, match=r"warmup must be None or callable .* got 4: .*Warmup\(4\)"):
+        DGCState(nn.Linear(2, 2), warmup=4)
 
 
 # -------------------------------------------------------------------------------------- one process

@@ -129,6 +129,17 @@ def test_sizes_that_do_not_fit_are_refused():
         SimulatedWorkers(model, loss, 3).shard(x[0, :2], y[0, :2])
 
 
+def test_a_batch_that_is_not_split_is_told_of_shard():
+    model, x, y = model_and_batch()
+    group = SimulatedWorkers(model, nn.functional.cross_entropy, 3)
+    words = r"{} must be \(3, batch, …\), .* got shape {}: split one batch with \.shard\("
+    with pytest.raises(ValueError, match=words.format("inputs", r"\(15, 4\)")):
+        group.backward(x.flatten(0, 1), y.flatten())
+    with pytest.raises(ValueError, match=words.format("targets", r"\(15,\)")):
+        group.backward(x, y.flatten())
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_link_time_is_latency_and_bits():
     link = LinkModel(bandwidth=1e6, latency=1e-3)
     assert link.seconds(5e6, messages=2) == pytest.approx(5.002)

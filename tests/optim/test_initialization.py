@@ -261,6 +261,45 @@ def test_lsuv_costs_one_pass():
     assert 20 < len(calls) <= 2 * 20
 
 
+class TiedLanguageModel(nn.Module):
+    """The output layer's weight is the embedding's, which comes before all that was scaled."""
+
+    def __init__(self, words=11, features=8):
+        super().__init__()
+        self.embedding = nn.Embedding(words, features)
+        self.hidden = nn.Linear(features, features)
+        self.output = nn.Linear(features, words, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, words):
+        return self.output(torch.tanh(self.hidden(self.embedding(words)).mean(1)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lsuv_of_tied_weights_returns_the_variances_of_the_end(seed):
+    torch.manual_seed(seed)
+    net = TiedLanguageModel().double()
+    words = torch.randint(11, (64, 5))
+    variances = lsuv_(net, words)
+    assert net.output.weight is net.embedding.weight
+    hidden = net.hidden(net.embedding(words))
+    found = {"hidden": hidden, "output": net.output(torch.tanh(hidden.mean(1)))}
+    found = {name: out.var(correction=0).item() for name, out in found.items()}
+    assert found == pytest.approx(variances, rel=1e-12)
+    assert all(abs(v - 1) <= 0.02 for v in found.values())
+
+
+def test_lsuv_says_so_where_tied_weights_cannot_have_variance_one():
+    # One scaling a pass, one further pass: the variances are not 1, and not said to be.
+    torch.manual_seed(0)
+    net = TiedLanguageModel().double()
+    words = torch.randint(11, (64, 5))
+    variances = lsuv_(net, words, tol=1e-12, max_iter=1)
+    hidden = net.hidden(net.embedding(words))
+    assert variances["hidden"] == pytest.approx(hidden.var(correction=0).item(), rel=1e-12)
+    assert abs(variances["hidden"] - 1) > 1e-12
+
+
 def test_lsuv_leaves_no_trace_but_weights():
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 4))
     torch.manual_seed(0)

@@ -232,7 +232,8 @@ class DeepDIG:
 
     Raises:
         ValueError: if `s` equals `t` or a setting is out of range; in `fit`, if an index is no
-            class of the model, or the inputs are empty or not within the bounds.
+            class of the model, the labels are not as many as the inputs, or the inputs are empty or
+            not within the bounds.
         RuntimeError: in `fit`, if too few samples survive a stage; `generate` before `fit`.
 
     Example:
@@ -313,6 +314,8 @@ class DeepDIG:
         Returns:
             Itself.
         """
+        if y is not None:
+            _check_labels(y, x)
         index = torch.arange(len(x)) if y is None else (y == self.s).nonzero().squeeze(1)
         samples = x[index]
         self._check_samples(samples)
@@ -496,8 +499,7 @@ def _rightly_classified(
     model: nn.Module, x: Tensor, y: Tensor, s: int, t: int
 ) -> tuple[Tensor, Tensor]:
     _check_inputs("x", x)
-    if y.shape != (len(x),):
-        raise ValueError(f"y must hold one label a sample, ({len(x)},), got {tuple(y.shape)}")
+    _check_labels(y, x)
     candidates = ((y == s) | (y == t)).nonzero().squeeze(1)
     with frozen(model), torch.no_grad():
         logits = batched_logits(model, x[candidates])
@@ -569,6 +571,11 @@ def _check_inputs(name: str, x: Tensor) -> None:
         )
     if x.numel() and not all(end.isfinite() for end in x.aminmax()):
         raise ValueError(f"{name} holds values that are not finite")
+
+
+def _check_labels(y: Tensor, x: Tensor) -> None:
+    if y.shape != (len(x),):
+        raise ValueError(f"y must hold one label a sample, ({len(x)},), got {tuple(y.shape)}")
 
 
 def _check_classes(s: int, t: int, classes: int | None) -> None:

@@ -20,7 +20,8 @@ class BoundaryDistance:
     Args:
         distance: Euclidean distance of each input to its point, `(N,)`; infinite where none was
             found.
-        point: inputs on the far side of the boundary, `(N, ...)`.
+        point: inputs on the far side of the boundary, `(N, ...)`; the input itself where it lies on
+            the boundary, at distance 0.
         predicted: the class of each input, `(N,)`.
         other: the class of its point, `(N,)`.
 
@@ -67,7 +68,9 @@ def boundary_distance(
        before: at the nearest point of a smooth boundary both directions are the same.
 
     What is found is always a point of another class, so that the distance is an upper bound of the
-    smallest one. It is that one for linear classifiers, min_j |g_j(x)| / ‖w_k − w_j‖, up to `rtol`.
+    smallest one: evaluated again in batches of the same shape, the model gives each point another
+    class. (Other shapes add up in another order, so that a point may be back by a rounding error.)
+    The distance is that one for linear classifiers, min_j |g_j(x)| / ‖w_k − w_j‖, up to `rtol`.
 
     The model is evaluated in evaluation mode and left as it was.
 
@@ -123,6 +126,7 @@ def boundary_distance(
             search.bisect()
             for _ in range(refinements):
                 search.along_the_normal()
+            search.stay_across()
             parts.append(search.found())
     return BoundaryDistance(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -196,6 +200,27 @@ class _Search:
             end = self.x - slope * _column(reach / norm.clamp(min=TINY), slope)
             leads, _ = self.leads(logits_of(self.model, end), rows)
             self.bisect(end, self.crossed & (norm > 0) & (leads.amin(1) <= 0))
+
+    @torch.no_grad()
+    def stay_across(self) -> None:
+        """Push points on until the whole batch, evaluated at once, puts them in another class.
+
+        The bisection evaluates what is open only, in smaller batches that round differently, and
+        takes a tie for a crossing; the classifier gives a tie to the first class.
+        """
+        start, away = self.z.clone(), self.z - self.x
+        moved = self.crossed & away.flatten(1).any(1)
+        push = 2 * torch.finfo(self.z.dtype).eps
+        back = moved & self.home()
+        while bool(back.any()) and push < 1:
+            self.z[back] = (start + push * away)[back]
+            back = moved & self.home()
+            push *= 2
+        self.crossed &= ~back
+
+    def home(self) -> Tensor:
+        """Which points the model puts in the class of their inputs."""
+        return logits_of(self.model, self.z).argmax(1) == self.own
 
     @torch.no_grad()
     def found(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import scipy
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 # With one or two models "all or none are right" says nothing.
@@ -57,18 +57,17 @@ class CorrectnessRecorder:
         self._packed: dict[float, np.ndarray] = {}
         self._seen: dict[float, np.ndarray] = {}
 
-    def record(
-        self, extent: float, correct: Bool[Tensor, "..."], *, model: int | None = None
-    ) -> None:
+    def record(self, extent: float, correct: Tensor, *, model: int | None = None) -> None:
         """Note which examples are classified correctly.
 
         Args:
             extent: how far training has come, e.g. the number of steps.
-            correct: `(N, X)`, or `(X,)` of one model.
+            correct: `(N, X)`, or `(X,)` of one model; boolean, or 1 for right and 0 for wrong.
             model: which model, if `correct` is of one; for models that are trained one by one.
 
         Raises:
-            ValueError: if the shape is another, or there is no such model.
+            ValueError: if the shape is another, values are neither right nor wrong (as class
+                predictions are), or there is no such model.
         """
         expected = (self.num_examples,)
         if model is None:
@@ -77,6 +76,7 @@ class CorrectnessRecorder:
             raise ValueError(f"model must be from 0 to {self.num_models - 1}, got {model}")
         if tuple(correct.shape) != expected:
             raise ValueError(f"correct must have shape {expected}, got {tuple(correct.shape)}")
+        correct = _right_or_wrong(correct)
         key = float(extent)
         if key not in self._packed:
             size = (self.num_models, -(-self.num_examples // 8))
@@ -217,19 +217,21 @@ def log_spaced_steps(total: int, num: int, *, first: int = 1) -> tuple[int, ...]
     return tuple(np.unique(np.geomspace(first, total, num).round().astype(int)).tolist())
 
 
-def tp_agreement(correct: Bool[Tensor, "*e n x"]) -> Float[Tensor, "*e x"]:
+def tp_agreement(correct: Shaped[Tensor, "*e n x"]) -> Float[Tensor, "*e x"]:
     """True-positive agreement: the share of models that are right, for each example.
 
         TPa(x, y) = 1/N Σ_i 1[f_i(x) = y]
 
     Args:
-        correct: whether model n is right on example x; leading dimensions (extents) are kept.
+        correct: whether model n is right on example x, boolean or 1 and 0; leading dimensions
+            (extents) are kept.
 
     Returns:
         Shares in [0, 1], float64.
 
     Raises:
-        ValueError: if there are fewer than three models.
+        ValueError: if there are fewer than three models, or values are neither right nor wrong (as
+            class predictions are).
 
     Example:
         >>> import torch
@@ -241,7 +243,7 @@ def tp_agreement(correct: Bool[Tensor, "*e n x"]) -> Float[Tensor, "*e x"]:
         Hacohen, Choshen, Weinshall, ICML 2020, Section 2.
     """
     _check_models(correct, "correct")
-    return correct.double().mean(dim=-2)
+    return _right_or_wrong(correct).double().mean(dim=-2)
 
 
 def total_agreement(predictions: Int[Tensor, "*e n x"]) -> Float[Tensor, "*e x"]:
@@ -270,7 +272,7 @@ def total_agreement(predictions: Int[Tensor, "*e n x"]) -> Float[Tensor, "*e x"]
 
 
 def accessibility(
-    correct: Bool[Tensor, "e n x"], extents: Sequence[int] | None = None
+    correct: Shaped[Tensor, "e n x"], extents: Sequence[int] | None = None
 ) -> Float[Tensor, " x"]:
     """How early an example is learned: its TP-agreement averaged over training.
 
@@ -278,14 +280,15 @@ def accessibility(
     depends on the extents that are averaged over: compare only accessibilities of the same ones.
 
     Args:
-        correct: extents × models × examples.
+        correct: extents × models × examples, boolean or 1 and 0.
         extents: positions along the first dimension to average over; None for all.
 
     Returns:
         One value an example in [0, 1], float64.
 
     Raises:
-        ValueError: if there are fewer than three models or no extents.
+        ValueError: if there are fewer than three models or no extents, or values are neither right
+            nor wrong (as class predictions are).
 
     Example:
         >>> import torch
@@ -367,7 +370,7 @@ def _is_extreme(tpa: Tensor, margin: float) -> Tensor:
     return (tpa < margin - slack) | (tpa > 1 - margin + slack)
 
 
-def agreement_icc(correct: Bool[Tensor, "*e n x"]) -> Float[Tensor, "*e"]:
+def agreement_icc(correct: Shaped[Tensor, "*e n x"]) -> Float[Tensor, "*e"]:
     """Intra-class correlation of correctness: agreement that does not depend on N or accuracy.
 
     With p the mean accuracy,
@@ -386,7 +389,7 @@ def agreement_icc(correct: Bool[Tensor, "*e n x"]) -> Float[Tensor, "*e"]:
         there is nothing to agree about.
 
     Raises:
-        ValueError: if there are fewer than three models.
+        ValueError: if there are fewer than three models, or values are neither right nor wrong.
 
     Example:
         >>> import torch
@@ -395,6 +398,7 @@ def agreement_icc(correct: Bool[Tensor, "*e n x"]) -> Float[Tensor, "*e"]:
         1.0
     """
     _check_models(correct, "correct")
+    correct = _right_or_wrong(correct)
     num_models, num_examples = correct.shape[-2:]
     right = correct.sum(dim=-2)
     # The same as above by pairs of models: 1 − (share of pairs that differ) / (2 p (1 − p)). The
@@ -433,7 +437,7 @@ def binomial_null(accuracy: float, num_models: int) -> Float[Tensor, " n_plus_1"
 
 
 def agreement_table(
-    correct: Bool[Tensor, "e n x"], extents: Sequence[float] | None = None
+    correct: Shaped[Tensor, "e n x"], extents: Sequence[float] | None = None
 ) -> list[dict[str, float]]:
     """Agreement at each extent beside what independent models of that accuracy would show.
 
@@ -447,7 +451,8 @@ def agreement_table(
         `... if independent`.
 
     Raises:
-        ValueError: if there are fewer than three models, or `extents` has another length.
+        ValueError: if there are fewer than three models, `extents` has another length, or values
+            are neither right nor wrong.
 
     Example:
         >>> import torch
@@ -484,7 +489,7 @@ def agreement_table(
 
 
 def class_table(
-    correct: Bool[Tensor, "e n x"],
+    correct: Shaped[Tensor, "e n x"],
     labels: Int[Tensor, " _"],
     classes: Sequence[str] | None = None,
 ) -> list[dict[str, float | str]]:
@@ -500,8 +505,8 @@ def class_table(
         `accessibility`, and at the last extent `accuracy` and `icc` within the class.
 
     Raises:
-        ValueError: if there are fewer than three models or no extents, or the labels are not as
-            many as the examples.
+        ValueError: if there are fewer than three models or no extents, the labels are not as many
+            as the examples, or values are neither right nor wrong.
 
     Example:
         >>> import torch
@@ -662,7 +667,7 @@ class NestedLearning:
 
 
 def nested_learning(
-    c_weak: Bool[Tensor, "n x"], c_strong: Bool[Tensor, "m _"], *, threshold: float = 0.9
+    c_weak: Shaped[Tensor, "n x"], c_strong: Shaped[Tensor, "m _"], *, threshold: float = 0.9
 ) -> NestedLearning:
     """Compare what two collections of models have learned.
 
@@ -679,7 +684,8 @@ def nested_learning(
 
     Raises:
         ValueError: if a collection has fewer than three models, the examples differ in number, the
-            threshold is out of range, or the weak collection has learned nothing.
+            threshold is out of range, values are neither right nor wrong, or the weak collection
+            has learned nothing.
 
     Example:
         >>> import torch
@@ -712,7 +718,7 @@ def nested_learning(
     )
 
 
-def extent_at_accuracy(correct: Bool[Tensor, "e n x"], accuracy: float) -> int:
+def extent_at_accuracy(correct: Shaped[Tensor, "e n x"], accuracy: float) -> int:
     """Position of the extent whose mean accuracy is nearest to a given one.
 
     Args:
@@ -723,7 +729,8 @@ def extent_at_accuracy(correct: Bool[Tensor, "e n x"], accuracy: float) -> int:
         Position along the first dimension; the earliest of equally near ones.
 
     Raises:
-        ValueError: if there are no extents or `accuracy` is not in [0, 1].
+        ValueError: if there are no extents, `accuracy` is not in [0, 1], or values are neither
+            right nor wrong.
 
     Example:
         >>> import torch
@@ -737,6 +744,7 @@ def extent_at_accuracy(correct: Bool[Tensor, "e n x"], accuracy: float) -> int:
             f"expected at least one extent and an accuracy in [0, 1], got {len(correct)} "
             f"extents and accuracy {accuracy}"
         )
+    correct = _right_or_wrong(correct)
     return int((correct.double().mean(dim=(1, 2)) - accuracy).abs().argmin())
 
 
@@ -794,3 +802,15 @@ def _check_models(values: Tensor, name: str) -> None:
             f"{name} must be of at least {FEWEST_MODELS} models (second to last dimension), "
             f"got shape {tuple(values.shape)}"
         )
+
+
+def _right_or_wrong(correct: Tensor) -> Bool[Tensor, "..."]:
+    if correct.dtype == torch.bool:
+        return correct
+    wrong = correct[(correct != 0) & (correct != 1)]
+    if len(wrong):
+        raise ValueError(
+            "correct must say right or wrong, boolean or 1 and 0, got values such as "
+            f"{wrong[0].item():g}; of class predictions take predictions == labels"
+        )
+    return correct.bool()

@@ -133,6 +133,15 @@ def _check_net(k: int, alpha: float, v: float | None) -> None:
         raise ValueError(f"v must be a positive number or None for 1/√(2k), got {v}")
 
 
+def _of_the_theorem(net: nn.Module) -> TwoLayerLeakyNet:
+    if not isinstance(net, TwoLayerLeakyNet):
+        raise TypeError(
+            f"net must be a TwoLayerLeakyNet, got {type(net).__name__}: the theorem is about one "
+            "hidden layer of leaky ReLUs without biases and with a fixed second layer"
+        )
+    return net
+
+
 def _check_lr(lr: float) -> None:
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be a positive number, got {lr}")
@@ -163,9 +172,7 @@ def _samples(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 @torch.no_grad()
-def perceptron_step(
-    net: TwoLayerLeakyNet, x: Float[Tensor, " d"], y: float | Tensor, lr: float
-) -> bool:
+def perceptron_step(net: nn.Module, x: Float[Tensor, " d"], y: float | Tensor, lr: float) -> bool:
     """Make one SGD step on the hinge loss of one sample, in place; plain torch.
 
     `run_perceptron_sgd` makes the same steps, much faster. This one is for replaying a compression
@@ -181,6 +188,7 @@ def perceptron_step(
         Whether the sample asked for an update, y N(x) < 1.
 
     Raises:
+        TypeError: If the net is no `TwoLayerLeakyNet`.
         ValueError: If `lr` is not positive.
 
     Example:
@@ -191,6 +199,7 @@ def perceptron_step(
         >>> perceptron_step(net, torch.tensor([1.0, 0.0]), 1, lr=8.0)  # N(x) is 3 now
         False
     """
+    net = _of_the_theorem(net)
     _check_lr(lr)
     z = net.weight @ x
     if float(y) * float(F.leaky_relu(z, net.alpha) @ net.second_layer) >= 1:
@@ -232,7 +241,7 @@ class PerceptronResult:
 
 
 def run_perceptron_sgd(
-    net: TwoLayerLeakyNet,
+    net: nn.Module,
     x: Tensor,
     y: Tensor,
     lr: float = 1.0,
@@ -248,7 +257,7 @@ def run_perceptron_sgd(
     loss or a trained second layer are outside the theorem and hence not offered.
 
     Args:
-        net: the net; float32 or float64. Training runs on the CPU, wherever the net is.
+        net: a `TwoLayerLeakyNet`; float32 or float64. Training runs on the CPU, wherever it is.
         x: samples, (n, ...); all but the first dimension are flattened.
         y: labels −1 and +1, (n,).
         lr: η, positive.
@@ -261,6 +270,7 @@ def run_perceptron_sgd(
         Number of updates, the compression set, and whether it converged.
 
     Raises:
+        TypeError: If the net is no `TwoLayerLeakyNet`.
         ValueError: If an argument is out of its range, shapes or labels do not fit, or
             `max_epochs` is None and the samples are not separable (the message names samples that
             contradict each other) or α is 0.
@@ -277,6 +287,7 @@ def run_perceptron_sgd(
         Brutzkus, Globerson, Malach, Shalev-Shwartz, "SGD Learns Over-parameterized Networks that
         Provably Generalize on Linearly Separable Data", ICLR 2018.
     """
+    net = _of_the_theorem(net)
     _check_lr(lr)
     if order not in ("cyclic", "shuffle"):
         raise ValueError(f"order must be 'cyclic' or 'shuffle', got {order!r}")
@@ -611,7 +622,7 @@ class UpdateCertificate:
 
 
 def update_certificate(
-    net: TwoLayerLeakyNet, x: Tensor, y: Tensor, lr: float = 1.0, *, delta: float = 0.05
+    net: nn.Module, x: Tensor, y: Tensor, lr: float = 1.0, *, delta: float = 0.05
 ) -> UpdateCertificate:
     """Say, before training, how many updates a net can need on samples, and what error follows.
 
@@ -619,7 +630,7 @@ def update_certificate(
     which the theorem assumes to be known: a plug-in figure.
 
     Args:
-        net: the net as it will be trained, α > 0.
+        net: the `TwoLayerLeakyNet` as it will be trained, α > 0.
         x: samples, (n, ...).
         y: labels −1 and +1, (n,).
         lr: η, positive.
@@ -629,6 +640,7 @@ def update_certificate(
         The three bounds on the updates and the bound on the error.
 
     Raises:
+        TypeError: If the net is no `TwoLayerLeakyNet`.
         ValueError: If the samples are not separable, or an argument is out of its range.
 
     Example:
@@ -645,6 +657,7 @@ def update_certificate(
         Brutzkus, Globerson, Malach, Shalev-Shwartz, "SGD Learns Over-parameterized Networks that
         Provably Generalize on Linearly Separable Data", ICLR 2018.
     """
+    net = _of_the_theorem(net)
     found = hard_margin(x, y)
     if not found.separable or found.w_star is None:
         raise ValueError(

@@ -235,7 +235,7 @@ def effective_second_moment(state: dict[str, Any], group: dict[str, Any]) -> Ten
             return state[name]
     raise ValueError(
         "the optimiser keeps no second moment under a known name; its state has "
-        f"{sorted(state)}; pass second_moment=(state, group) -> Tensor"
+        f"{sorted(state) or 'nothing'}; pass second_moment=(state, group) -> Tensor"
     )
 
 
@@ -329,9 +329,9 @@ class StepSizeMonitor:
         violations = pairs = 0
         for group in optimizer.param_groups:
             for param in group["params"]:
-                state = optimizer.state.get(param)
-                if param.grad is None or not state:
+                if param.grad is None:
                     continue
+                state = optimizer.state.get(param, {})
                 before = self._roots.get(param)
                 root = self._second_moment(state, group).sqrt() / _step_lr(optimizer, state, group)
                 self._roots[param] = root

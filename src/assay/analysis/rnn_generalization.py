@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from assay.analysis.classifier import class_indices
+
 _LARGEST_DENSE = 2000  # size of a second-moment matrix whose spectrum is still computed densely
 _CHECKED_SAMPLES = 16
 
@@ -621,8 +623,9 @@ def rnn_bound(
 
     Raises:
         TypeError: If the theory does not apply to the model.
-        ValueError: If shapes do not fit, an argument is out of its range, both or neither of
-            `margin` and `margin_grid` are given, `r` is below ‖θ‖_fs, or outputs are not finite.
+        ValueError: If shapes do not fit, `y` does not hold indices of classes, an argument is out
+            of its range, both or neither of `margin` and `margin_grid` are given, `r` is below
+            ‖θ‖_fs, or outputs are not finite.
 
     Example:
         >>> import torch
@@ -649,6 +652,7 @@ def rnn_bound(
             f"y must be ({len(inputs)},) class indices of at least two classes, got shape "
             f"{tuple(y.shape)} and {classes} outputs"
         )
+    y = class_indices(y.cpu(), len(inputs), classes)
     smallest = smallest_moment(inputs)
     if noise_std is not None:
         noise = torch.randn(inputs.shape, generator=generator, dtype=torch.float64)
@@ -656,7 +660,7 @@ def rnn_bound(
     norm = _fs_norm(scaling_derivative(net, inputs, linearized=True))
     if r is not None and not r >= norm * (1 - 1e-12):
         raise ValueError(f"r must be at least ‖θ‖_fs = {norm:.6g} on the sample, got {r}")
-    common = _Common(net, inputs, y.cpu(), norm if r is None else r, smallest, noise_std)
+    common = _Common(net, inputs, y, norm if r is None else r, smallest, noise_std)
     reports = [common.report(a, delta / len(grid)) for a in grid]
     return min(reports, key=lambda report: (report.total, report.log10_weights))
 

@@ -205,7 +205,8 @@ def propagation_report(
         The report; `print` it, or use its figures.
 
     Raises:
-        ValueError: if the loss is not a scalar tensor, or depends on no parameter or input.
+        ValueError: if the inputs are empty, the inputs or targets are not finite and so is what
+            comes of them, or the loss is not a scalar tensor or depends on no parameter or input.
 
     Example:
         >>> import torch
@@ -224,6 +225,9 @@ def propagation_report(
         Sun, "Optimization for Deep Learning: Theory and Algorithms", 2019, section 4.
     """
     inputs, targets = batch
+    sizes = [leaf.numel() for leaf in _tensors(inputs)]
+    if sizes and not any(sizes):
+        raise ValueError("inputs must hold at least one sample, got an empty batch")
     recorder = _Recorder(model)
     with _undisturbed(model), repeatable(model), torch.enable_grad():
         leaves, passed = _differentiable(inputs)
@@ -242,6 +246,9 @@ def propagation_report(
     forward = _slope([0.5 * _log(m.second_moment) for m in layers]) * 2
     backward = _slope([_log(m.gradient_norm) for m in layers])
     value = float(loss.detach())
+    if not all(map(math.isfinite, [value, *(m.second_moment for m in modules)])):
+        _check_finite("inputs", inputs)  # nothing is wrong with the model then
+        _check_finite("targets", targets)
     advice = tuple(_advise(value, modules, forward, backward))
     return PropagationReport(value, modules, forward, backward, advice)
 
@@ -399,12 +406,23 @@ def _differentiable(inputs: Any) -> tuple[list[Tensor], Any]:
     return leaves, pytree.tree_unflatten(flat, spec)
 
 
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
 def _floating(output: Any) -> list[Tensor]:
-    return [
-        leaf
-        for leaf in pytree.tree_leaves(output)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
-    ]
+    return [leaf for leaf in _tensors(output) if leaf.is_floating_point() and leaf.numel()]
+
+
+def _check_finite(name: str, values: Any) -> None:
+    for leaf in _floating(values):
+        wrong = int((~leaf.isfinite()).sum())
+        mask = bool((leaf[~leaf.isneginf()] == 0).all())  # to be added to attention's scores
+        if wrong and not mask:
+            raise ValueError(
+                f"{name} must be finite, got {wrong} of {leaf.numel()} values that are NaN or "
+                f"infinite in a tensor of shape {tuple(leaf.shape)}"
+            )
 
 
 def _log(value: float) -> float:
@@ -432,6 +450,12 @@ def _advise(
             "finite. Use a smaller initialisation or learning rate, or a wider dtype.",
         )
         return
+    if not math.isfinite(loss):
+        yield Advice(
+            "overflow",
+            f"The loss is {loss:g} although all outputs are finite: loss_fn overflows or leaves "
+            "its domain, as a logarithm does at 0.",
+        )
     layers = [m for m in modules if m.has_weights]
     yield from _advise_on_gradients(loss, layers, backward)
     yield from _advise_on_signals(layers, forward)
@@ -502,20 +526,20 @@ def _advise_on_units(modules: tuple[ModuleSignal, ...]) -> Iterator[Advice]:
     dead = [m for m in modules if m.dead is not None and m.dead >= MANY]
     if dead:
         worst = max(dead, key=lambda m: m.dead or 0)
+        share = 100 * (worst.dead or 0)
         yield Advice(
             "dead",
-            f"Dead units: {100 * worst.dead:.0f} % of the units of {_named(worst)} are zero for "
-            "every "
+            f"Dead units: {share:.0f} % of the units of {_named(worst)} are zero for every "
             f"sample{_others(dead)}. A lower learning rate, smaller biases or a leaky activation "
             "keeps them alive; this batch may also be too small to wake them.",
         )
     saturated = [m for m in modules if m.saturated is not None and m.saturated >= MANY]
     if saturated:
         worst = max(saturated, key=lambda m: m.saturated or 0)
+        share = 100 * (worst.saturated or 0)
         yield Advice(
             "saturated",
-            f"Saturation: {100 * worst.saturated:.0f} % of the outputs of {_named(worst)} lie "
-            "where its "
+            f"Saturation: {share:.0f} % of the outputs of {_named(worst)} lie where its "
             f"slope is almost zero{_others(saturated)}. The pre-activations are too large: use "
             "smaller weights in front of it, or normalise them.",
         )

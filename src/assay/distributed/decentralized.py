@@ -171,7 +171,8 @@ class DecentralizedOptimizer(Optimizer):
         compressor: See `Gossip`.
         gamma: See `Gossip`.
         generator: See `Gossip`.
-        timeout: Seconds after which a silent rank is an error.
+        timeout: Seconds after which a silent rank is an error, from the first step on; see
+            `Gossip`.
         overlap: Post the messages of a step at the first gradient of its backward pass (through
             post-accumulate-grad hooks), so that they travel during the rest of it. For methods
             that know what they send before the gradient: "dsgd", "gt", "extra", "prox_pda", "dget"

@@ -344,6 +344,14 @@ class DGCWorker(Blockwise):
 _WARMUP = DensityWarmup()
 
 
+def _check_warmup(warmup: object) -> None:
+    if not (warmup is None or callable(warmup)):
+        raise TypeError(
+            "warmup must be None or callable as (density, epoch) -> density, got "
+            f"{warmup!r}: for four epochs give DensityWarmup(4)"
+        )
+
+
 class DGCState:
     """What `dgc_hook` knows and remembers: deep gradient compression between processes.
 
@@ -387,6 +395,7 @@ class DGCState:
         worker: The `DGCWorker` of this process.
 
     Raises:
+        TypeError: `warmup` is neither callable nor None.
         ValueError: A number is out of its range, or there are no parameters that need gradients.
 
     Warns:
@@ -420,18 +429,20 @@ class DGCState:
         sparsifier: Callable[[float], Compressor] = SampledTopK,
         values: Compressor | None = None,
         dense_below: int = 2**10,
-        warmup: Callable[[float, int], float] | None = _WARMUP,
+        warmup: Any = _WARMUP,
         loss_scale: Callable[[], float] | None = None,
         pause_unused: bool = False,
         process_group: dist.ProcessGroup | None = None,
         generator: Generator | None = None,
     ) -> None:
+        _check_warmup(warmup)
         self.parameters = _named(parameters)
         alone = not (dist.is_available() and dist.is_initialized())
         self.group: dist.ProcessGroup | None = None if alone else process_group or dist.group.WORLD
         self.rank = 0 if alone else dist.get_rank(self.group)
         self.world_size = 1 if alone else dist.get_world_size(self.group)
-        self.density, self.warmup, self.loss_scale = density, warmup, loss_scale
+        self.density, self.loss_scale = density, loss_scale
+        self.warmup: Callable[[float, int], float] | None = warmup
         self.worker = DGCWorker(
             [parameter.shape for parameter in self.parameters.values()],
             density=density,

@@ -323,7 +323,8 @@ class Gossip(_Mixer):
         gamma: Step γ of compressed gossip, 1 for none. Strong compression needs less.
         generator: CPU generator that randomness starts from, alike on all ranks (default: torch's
             initial seed); each rank draws different numbers.
-        timeout: Seconds that a silent neighbour is waited for (default: the backend's).
+        timeout: Seconds that a silent neighbour is waited for (default: the backend's), from the
+            first exchange on. Constructing waits for all ranks as long as `process_group` does.
 
     Attributes:
         effective: The `MixingMatrix` that `mix` multiplies by; None if there is no single one.
@@ -376,13 +377,16 @@ class Gossip(_Mixer):
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive seconds, got {timeout}")
         self.timeout = timeout
-        self._ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+        parent = process_group or dist.group.WORLD
+        self._ranks = dist.get_process_group_ranks(parent)
         self._backend = dist.get_backend(process_group)
         if len(self._ranks) != self.size:
             raise ValueError(
                 f"topology must have {len(self._ranks)} agents, one a rank of the group, got "
                 f"{self.size}"
             )
+        # Wait for slow ranks in their own group: in the one that is opened the timeout holds.
+        self._agree_on_settings(parent)
         self.group = self._open()
         self.rank = dist.get_rank(self.group)
         self._sources = [phase.sources(self.rank) for phase in self.phases]
@@ -395,19 +399,27 @@ class Gossip(_Mixer):
         self._started: tuple[Tensor, Callable[[], Tensor]] | None = None
 
     def _open(self) -> dist.ProcessGroup:
+        # A group of its own with a timeout of its own: only so does a collective that has timed out
+        # end, and let the process end. NCCL's watchdog would end the process instead of raising.
+        limit = None
+        if self.timeout is not None and self._backend == "gloo":
+            limit = timedelta(seconds=self.timeout)
         group = dist.new_group(
             self._ranks,
             backend=self._backend,
+            timeout=limit,
             use_local_synchronization=True,
         )
         if not isinstance(group, dist.ProcessGroup):
             raise ValueError("process_group must contain this rank")
+        return group
+
+    def _agree_on_settings(self, group: Any) -> None:
         weights = b"".join(phase.matrix.numpy().tobytes() for phase in self.phases)
         settings = (self.rounds, self.accelerated, repr(self.compressor), self.gamma)
         self._agree(group, "weights and settings", hashlib.sha256(weights).hexdigest(), settings)
-        return group
 
-    def _agree(self, group: dist.ProcessGroup, what: str, *mine: object) -> None:
+    def _agree(self, group: Any, what: str, *mine: object) -> None:
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, mine, group=group)
         different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
@@ -541,11 +553,15 @@ class Gossip(_Mixer):
 
     def _prepare(self, x: Tensor) -> None:
         """Be sure of the group, and that all ranks send vectors of one size."""
+        others = "another rank"
         if self.group is None:
-            self.group = self._open()
-        if (x.numel(), x.dtype) not in self._agreed:
-            self._agree(self.group, "number of entries and dtype", x.numel(), x.dtype)
-            self._agreed.add((x.numel(), x.dtype))
+            self.group = self._guard(self._open, others)
+            self._guard(lambda: self._agree_on_settings(self.group), others)
+        size = (x.numel(), x.dtype)
+        if size not in self._agreed:
+            what = "number of entries and dtype"
+            self._guard(lambda: self._agree(self.group, what, *size), others)
+            self._agreed.add(size)
 
     def _receive_buffers(self, x: Tensor, count: int) -> list[Tensor]:
         """Memory that is kept: fresh pages for every message cost more than the sums."""

@@ -219,9 +219,23 @@ class SimulatedWorkers:
     def backward(self, inputs: Tensor, targets: Tensor) -> Float[Tensor, " workers"]:
         """Set `.grad` of every trainable parameter from batches of shape (workers, batch, …).
 
+        Args:
+            inputs: A batch a worker, (workers, batch, …); `shard` makes them of one batch.
+            targets: Likewise.
+
         Returns:
             Each worker's loss.
+
+        Raises:
+            ValueError: The first dimension of inputs or targets is not that of the workers.
         """
+        n = len(self.workers)
+        for name, value in (("inputs", inputs), ("targets", targets)):
+            if value.ndim == 0 or len(value) != n:
+                raise ValueError(
+                    f"{name} must be ({n}, batch, …), a batch for each of {n} workers, got shape "
+                    f"{tuple(value.shape)}: split one batch with .shard(inputs, targets)"
+                )
         gradients, losses = worker_gradients(self.model, self.loss_fn, inputs, targets)
         total, traffic = two_way_sum(gradients, self.workers, self.master, self.generator)
         self.bits_up += traffic.up

@@ -251,7 +251,7 @@ class AMSGrad(ProjectedAdam):
     or to leave the rate to a scheduler.
 
     State per parameter: `step`, `exp_avg` (m), `exp_avg_sq` (v), `max_exp_avg_sq` (v̂), the names
-    torch uses, so checkpoints of `torch.optim.Adam` load.
+    torch uses, so checkpoints of `torch.optim.Adam` load; they go on without decay, as Adam does.
 
     Args:
         params: Parameters or parameter groups.
@@ -380,6 +380,10 @@ class AdamNC(ProjectedAdam):
     paper's counter-examples.
 
     There is no bias to correct under 1 − 1/t: v is a plain mean from the first step on.
+
+    Its groups have one `beta1` and neither `betas` nor `momentum`, which torch's cyclic schedulers
+    look for: give `OneCycleLR` and `CyclicLR` `cycle_momentum=False`. (The regret bound wants a β1
+    that does not rise.)
 
     Args:
         params: Parameters or parameter groups.

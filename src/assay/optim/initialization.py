@@ -1,6 +1,7 @@
 """Initialisations that let signals through: mean-field critical, delta-orthogonal, LSUV, Fixup."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -387,7 +388,10 @@ def lsuv_(
     One pass through the model is all it takes: a layer is scaled when the pass gets there, on the
     inputs that the layers before it, already scaled, have made.
 
-    A layer, or a weight that layers share, is scaled where it runs first. An attention
+    A layer, or a weight that layers share, is scaled where it runs first. A weight that something
+    before it holds too, as an embedding tied to the output layer, changes what was scaled already:
+    where modules share weights, further passes follow until one has nothing left to scale. An
+    attention
     (`nn.MultiheadAttention`) is scaled through its output projection. Layers that the pass does not
     reach, and weights that are computed by a parametrization, stay as they are.
 
@@ -396,11 +400,12 @@ def lsuv_(
             buffers or random state.
         batch: what it takes; a tuple or list is spread, a mapping becomes keyword arguments.
         tol: largest distance of a layer's output variance from 1.
-        max_iter: largest number of scalings of a layer.
+        max_iter: largest number of scalings of a layer in a pass, and of further passes.
         generator: source of the orthogonal weights; default torch's own.
 
     Returns:
-        The variance of each layer's output, by the layer's name, in the order in which they ran.
+        The variance of each layer's output, by the layer's name, in the order in which they ran, as
+        it is at the end. Where it is farther from 1 than `tol`, `max_iter` was not enough.
 
     Raises:
         ValueError: if `tol` or `max_iter` is not positive, a layer's output does not vary or is not
@@ -423,13 +428,16 @@ def lsuv_(
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
-    started: set[int] = set()
+    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    chosen: dict[int, nn.Module] = {}  # by the weight
     waiting: set[nn.Module] = set()
+    changed: set[int] = set()
     variances: dict[str, float] = {}
 
     def start(layer: Any, args: tuple) -> None:
-        if id(_scalable(layer)) not in started:
-            started.add(id(_scalable(layer)))
+        if id(_scalable(layer)) not in chosen:
+            chosen[id(_scalable(layer))] = layer
+            changed.add(id(_scalable(layer)))
             waiting.add(layer)
             _orthogonal_layer_(layer, generator)
 
@@ -437,15 +445,16 @@ def lsuv_(
         if layer not in waiting:
             return None
         waiting.discard(layer)
-        for iteration in range(max_iter + 1):
+        for iteration in range(limit + 1):
             variance = float(_first(output).var(correction=0))
             if not 0 < variance < math.inf:
                 raise ValueError(
                     f"the output of layer {names[layer]!r} has variance {variance:g} on this "
                     "batch: its inputs are constant (dead units before it?) or not finite"
                 )
-            if abs(variance - 1) <= tol or iteration == max_iter:
+            if abs(variance - 1) <= tol or iteration == limit:
                 break
+            changed.add(id(_scalable(layer)))
             _scalable(layer).div_(math.sqrt(variance))
             output = layer.forward(*args, **kwargs)
         variances[names[layer]] = variance
@@ -455,8 +464,15 @@ def lsuv_(
     handles = [layer.register_forward_pre_hook(start) for layer in layers]
     handles += [layer.register_forward_hook(scale, with_kwargs=True) for layer in layers]
     try:
-        with repeatable(model):
-            call_model(model, batch)
+        for further in range(max_iter + 1):
+            limit = max_iter if further < max_iter else 0  # the last one measures only
+            changed.clear()
+            waiting.update(chosen.values())
+            with repeatable(model):
+                call_model(model, batch)
+            # Nothing before a layer holds its weight too: what was measured there is so still.
+            if all(holders[weight] == 1 for weight in changed):
+                break
     finally:
         for handle in handles:
             handle.remove()

@@ -536,15 +536,18 @@ class ProjectedAdam(Optimizer):
         """Load a state, its own or that of `torch.optim.Adam` or `AdamW`.
 
         From torch's optimizers the moments, the step count, `lr`, `betas`, `eps`, `weight_decay`
-        and `maximize` are taken; everything torch does not know (`lr_decay`, `projection`, …) stays
-        as constructed. Note that torch's `lr` is then α, and α_t = α/√t unless `lr_decay=None`.
-        Without `amsgrad=True` the running maximum starts at the current second moment.
+        and `maximize` are taken, and `lr_decay=None`: the rate goes on as it was, and does not drop
+        to lr/√t at whatever step t the checkpoint is of. Set `lr_decay` of a group afterwards if it
+        is to decay. Everything else that torch does not know (`bias_correction`, `projection`, …)
+        stays as constructed. Without `amsgrad=True` the running maximum starts at the current
+        second moment.
 
         Args:
             state_dict: What `state_dict()` returned.
 
         Raises:
-            ValueError: If the groups or the number of parameters differ.
+            ValueError: If the groups or the number of parameters differ, or the state is that of
+                an optimizer of another kind.
         """
         saved_groups = state_dict["param_groups"]
         if len(saved_groups) != len(self.param_groups):
@@ -552,7 +555,8 @@ class ProjectedAdam(Optimizer):
         state = dict(state_dict["state"])
         groups, callables = [], []
         for own, saved in zip(self.param_groups, saved_groups, strict=True):
-            foreign = "lr_decay" not in saved
+            foreign = "beta1_decay" not in saved
+            self._check_origin(saved, state, foreign)
             known = _from_torch(saved, own) if foreign else saved
             kept = {key: value for key, value in own.items() if key != "params"}
             callables.append({key: value for key, value in kept.items() if callable(value)})
@@ -564,6 +568,19 @@ class ProjectedAdam(Optimizer):
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
         for group, own in zip(self.param_groups, callables, strict=True):
             group.update(own)  # themselves, not the copies torch makes
+
+    def _check_origin(
+        self, saved: dict[str, Any], state: dict[Any, dict[str, Any]], foreign: bool
+    ) -> None:
+        fits = "betas" in saved if foreign else ("beta1" in saved) == ("beta1" in self.defaults)
+        kept = {name for key in saved["params"] for name in state.get(key, ())}
+        if not fits or (kept and not kept >= {"step", "exp_avg", "exp_avg_sq"}):
+            options = sorted(key for key in saved if key != "params")
+            raise ValueError(
+                f"state_dict must be of {type(self).__name__} or of torch's Adam or AdamW, got "
+                f"that of another optimizer: its state has {sorted(kept) or 'nothing'}, its "
+                f"groups have {options}"
+            )
 
     def _adopt(self, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         """Translate the state that torch's Adam keeps of one parameter."""
@@ -592,7 +609,7 @@ def _from_torch(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         known["beta1"] = known.pop("betas")[0]
     if "decoupled_weight_decay" in saved:
         known["decoupled"] = saved["decoupled_weight_decay"]
-    return known
+    return known | {"lr_decay": None}
 
 
 _SHARED_OPTIONS = (
