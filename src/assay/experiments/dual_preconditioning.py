@@ -217,8 +217,8 @@ CLAIMS = (
         expect=at_least(1.0),
         how="smallest growth of (iterations of GD)/(iterations of the robust variant) to a gap of "
         "10⁻³ from r = 0.5 to 0.1 to 0.05, isotropic features",
-        discussion="The advantage grew with every seed; the t interval of three ratios, one of them "
-        "large, reaches below 1. More seeds would settle it.",
+        discussion="The advantage grew with every seed; the t interval of three ratios, one of "
+        "them large, reaches below 1. More seeds would settle it.",
     ),
     Claim(
         "total-against-gd",
