@@ -85,7 +85,8 @@ def test_each_figure_keeps_its_own_caption_where_they_differ(tmp_path):
         same = Picture("same", figure, "What both say.")
         return Panel([], "Read it.", "Drawn.", figures=[same, Picture("own", figure, f"{count} x")])
 
-    pages = [report(nn.Linear(4, 3), tmp_path, "a"), report(nn.Linear(4, 3, bias=False), tmp_path, "b")]
+    models = {"a": nn.Linear(4, 3), "b": nn.Linear(4, 3, bias=False)}
+    pages = [report(model, tmp_path, name) for name, model in models.items()]
     page = Comparison(pages, ["one", "two"]).to_html()
     assert page.count("<figcaption>What both say.</figcaption>") == 1
     assert page.count('<p class="caption">15 x</p>') == page.count('class="caption">12 x</p>') == 1
@@ -114,7 +115,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     with pytest.raises(ValueError, match="schema_version is 9"):
         Comparison([one, tmp_path])
     other = examine(nn.Linear(4, 3), {**DATA, "name": "other"}, panels=["width"], budget=9)
-    assert len(Comparison([one, other]).warnings) == 3  # data, budget, and that nothing is called better
+    assert len(Comparison([one, other]).warnings) == 3  # data, budget, nothing better
 
 
 def test_the_page_escapes_what_a_report_says(tmp_path):
