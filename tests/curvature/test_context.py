@@ -134,3 +134,27 @@ def test_variance_over_processes_needs_the_mean():
     model, x, y = make("mlp")
     with pytest.raises(ValueError, match="needs 'grad'"):
         all_reduce_quantities(compute(model, F.cross_entropy, x, y, ["variance"]))
+
+
+def _spread_out(rows):
+    torch.manual_seed(0)
+    y = 1000 + 0.01 * torch.randn(6, 1)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    own = rows[torch.distributed.get_rank()]
+    q = compute(model, nn.MSELoss(), torch.ones(len(own), 1), y[own], ["grad", "variance"])
+    return all_reduce_quantities(q)["variance"]["weight"], y
+
+
+@pytest.mark.processes
+def test_the_variance_over_processes_does_not_cancel():
+    for found, y in spawn(_spread_out, 2, [[0, 1, 2, 3], [4, 5]]):
+        expected = 4 * y.double().var(0, correction=0, keepdim=True)
+        torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=0)
+
+
+def test_bad_settings():
+    model, _, _ = make("mlp")
+    for bad in ({"mc_samples": 0}, {"kfac_approx": "x"}):
+        with pytest.raises(ValueError, match=next(iter(bad))), extend(model, None, ["kfac"], **bad):
+            pass

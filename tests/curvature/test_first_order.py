@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from assay.curvature import compute
+from assay.curvature import compute, uses
+from assay.curvature import first_order as module
 from assay.curvature.plan import Plan
 from curvature_models import CASES, largest_error, make, rows_by_loop
 
@@ -439,3 +440,116 @@ def test_a_scale_by_frequency_is_refused():
     )
     with pytest.raises(ValueError, match="scale_grad_by_freq"):
         compute(model, F.cross_entropy, torch.zeros(2, 2).long(), torch.zeros(2).long())
+
+
+# -- variances do not cancel ---------------------------------------------------------------------
+
+
+def _close_gradients(kind, dtype=torch.float32):
+    """Samples whose gradients are alike up to 1e-5 of their size, and targets far away."""
+    torch.manual_seed(0)
+    model, shape = {
+        "linear": (nn.Linear(3, 2), (3,)),
+        "sequence": (nn.Linear(3, 2), (4, 3)),
+        "convolution": (nn.Conv1d(3, 2, 2), (3, 5)),
+        "norm": (nn.LayerNorm(3), (3,)),
+        "shared": (nn.Sequential(*[nn.Linear(3, 3)] * 2), (3,)),
+        "recurrent": (_LastOutput(), (4, 3)),
+    }[kind]
+    x = torch.randn(shape).expand(16, *shape) + 1e-5 * torch.randn(16, *shape)
+    y = torch.full_like(model(x), 100.0)
+    return model.to(dtype), x.to(dtype), y.to(dtype)
+
+
+class _LastOutput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.RNN(3, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x)[0][:, -1]
+
+
+CLOSE = ["linear", "sequence", "convolution", "norm", "shared", "recurrent"]
+
+
+@pytest.mark.parametrize("names", [("variance",), FIRST])
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("kind", CLOSE)
+def test_a_variance_far_below_the_mean(kind, chunk_size, names):
+    model, x, y = _close_gradients(kind)
+    found = compute(model, nn.MSELoss(), x, y, names, chunk_size=chunk_size)["variance"]
+    exact = compute(model.double(), nn.MSELoss(), x.double(), y.double(), ["grad", "variance"])
+    eps = torch.finfo(torch.float32).eps
+    for name, variance in exact["variance"].items():
+        mean = exact["grad"][name].abs().max()  # of the terms that an entry is the sum of
+        # A gradient is off by some eps of its size, thus a deviation by so much: eps |mean|; ten
+        # roundings lead to it. The difference of two moments would be off by eps mean².
+        slack = 10 * eps * mean * variance.sqrt() + (10 * eps * mean).square()
+        assert (found[name] >= 0).all(), name
+        assert ((found[name] - variance).abs() <= slack).all(), name
+        assert (slack < eps * mean.square()).all(), name
+
+
+def test_variance_of_a_regression_on_targets_far_away():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    torch.manual_seed(0)
+    x, y = torch.ones(64, 1), 1000 + 0.01 * torch.randn(64, 1)
+    found = compute(model, nn.MSELoss(), x, y, ["variance"])["variance"]["weight"]
+    torch.testing.assert_close(
+        found.double(), 4 * y.double().var(0, correction=0, keepdim=True), rtol=1e-2, atol=0
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("names", [("variance",), FIRST])
+def test_equal_gradients_have_no_variance(names, dtype, chunk_size):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).to(dtype)
+    nn.init.zeros_(model.weight)  # so that all outputs are equal, whatever order sums are taken in
+    x, y = torch.randn(1, 3).to(dtype), torch.randn(1, 2).to(dtype) + 7
+    for samples in (1, 3, 7):
+        found = compute(
+            model, nn.MSELoss(), x.expand(samples, 3), y.expand(samples, 2), names,
+            chunk_size=chunk_size,
+        )  # fmt: skip
+        assert all(not v.any() for v in found["variance"].values()), samples
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_sample_has_no_variance(name):
+    model, x, y = make(name, torch.float32, samples=1)
+    found = compute(model, F.cross_entropy, x, y, ["variance"])["variance"]
+    assert all(not v.any() for v in found.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_formulas_agree(name, monkeypatch):
+    model, x, y = make(name)
+    expected = {k: r.var(0, correction=0) for k, r in rows_by_loop(model, x, y).items()}
+    for share in (-1.0, 2.0):  # never and always two passes
+        monkeypatch.setattr(module, "CANCELLED", share)
+        for names in (["variance"], FIRST):
+            found = compute(model, F.cross_entropy, x, y, names)["variance"]
+            assert largest_error(found, expected) < 1e-10
+
+
+def test_two_passes_keep_few_gradients_at_once(monkeypatch):
+    monkeypatch.setattr(uses, "SCRATCH", 12)
+    monkeypatch.setattr(module, "CANCELLED", 2.0)
+    for name in ("mlp", "convolutions", "embedded"):
+        model, x, y = make(name)
+        expected = {k: r.var(0, correction=0) for k, r in rows_by_loop(model, x, y).items()}
+        found = compute(model, F.cross_entropy, x, y, ["variance"])["variance"]
+        assert largest_error(found, expected) < 1e-10
+
+
+def test_squares_that_overflow():
+    model = nn.Linear(1, 1, bias=False).half()
+    nn.init.zeros_(model.weight)
+    x = torch.full((4, 1), 4.0).half()
+    y = torch.tensor([[100.0], [102.0], [100.0], [102.0]]).half()
+    found = compute(model, nn.MSELoss(), x, y, ["variance"])["variance"]["weight"]
+    assert found.item() == 64  # gradients are −808 ± 8

@@ -94,4 +94,66 @@ def test_costs_are_bounded(monkeypatch):
     with pytest.raises(ValueError, match=r"16 backward passes.*diag_hessian_mc"):
         compute(model, F.cross_entropy, x, y, ["diag_hessian"])
     with pytest.raises(ValueError, match="at least 2"):
-        compute(model, F.cross_entropy, x, y, ["diag_hessian_mc"])
+        compute(model, F.cross_entropy, x, y, ["diag_hessian_mc"], mc_samples=1)
+
+
+def test_an_estimate_needs_no_setting():
+    model, x, y = make("mlp")
+
+    def found(**settings):
+        g = torch.Generator().manual_seed(0)
+        names = ["diag_hessian_mc"]
+        return compute(model, F.cross_entropy, x, y, names, generator=g, **settings)[names[0]]
+
+    for name, estimate in found().items():
+        torch.testing.assert_close(estimate.mean, found(mc_samples=2)[name].mean)
+        assert torch.isfinite(estimate.standard_error).all()
+        assert (estimate.standard_error > 0).any()
+
+
+def test_an_estimate_of_a_diagonal_matrix_has_no_error():
+    # The Hessian of (1/N) Σ (w ⊙ x_n)² is diagonal: every draw is the diagonal itself.
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return x * self.scale
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    found = compute(Scale(), nn.MSELoss(), x, 0 * x, ["diag_hessian_mc"], mc_samples=50)
+    estimate = found["diag_hessian_mc"]["scale"]
+    torch.testing.assert_close(estimate.mean, 2 * x.square().mean(0) / 3)
+    assert (estimate.standard_error <= 1e-7 * estimate.mean).all()
+
+
+@pytest.mark.parametrize("first", [nn.GELU(), nn.Softplus(), nn.Tanh()])
+def test_functions_in_place_after_smooth_ones(first):
+    if isinstance(first, nn.Tanh):
+        second: nn.Module = nn.Flatten()  # tanh needs its output: nothing may change it
+    else:
+        second = nn.Threshold(0.1, 0.0, inplace=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), first, second, nn.Linear(4, 3)).double()
+    x, y = torch.randn(5, 3).double(), torch.randint(3, (5,))
+    found = compute(model, F.cross_entropy, x, y, ["diag_hessian"])["diag_hessian"]
+    assert largest_error(found, _dense_diagonal(model, F.cross_entropy, x, y)) < 1e-9
+
+
+def test_an_input_that_is_changed_after_a_smooth_function_saw_it():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.first(x)
+            out = self.second(h.tanh())
+            h.mul_(0)  # tanh has kept its output alone
+            return out
+
+    torch.manual_seed(0)
+    model, x, y = Late().double(), torch.randn(5, 3).double(), torch.randint(3, (5,))
+    found = compute(model, F.cross_entropy, x, y, ["diag_hessian"])["diag_hessian"]
+    assert largest_error(found, _dense_diagonal(model, F.cross_entropy, x, y)) < 1e-9

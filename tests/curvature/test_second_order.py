@@ -153,6 +153,52 @@ def test_kfra_of_a_linear_network_is_kflr_for_any_batch():
         )
 
 
+def _chain_of(*activations):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3), activations[0], nn.Flatten(), nn.Linear(32, 4), *activations,
+        nn.Linear(4, 3),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("activations", [
+    lambda inplace: [nn.ReLU(inplace=inplace)],
+    lambda inplace: [nn.LeakyReLU(0.1, inplace=inplace)],
+    lambda inplace: [nn.ELU(inplace=inplace)],
+    lambda inplace: [nn.GELU(), nn.ReLU(inplace=inplace)],
+    lambda inplace: [nn.Dropout(inplace=inplace).eval(), nn.Hardtanh(inplace=inplace)],
+])  # fmt: skip
+def test_kfra_does_not_mind_functions_in_place(activations):
+    x, y = torch.randn(5, 1, 6, 6).double(), torch.randint(3, (5,))
+    expected = compute(_chain_of(*activations(False)), LOSS, x, y, ["kfra"])["kfra"]
+    found = compute(_chain_of(*activations(True)), LOSS, x, y, ["kfra"])["kfra"]
+    for name, factors in expected.items():
+        torch.testing.assert_close(found[name].to_dense(), factors.to_dense())
+    alone = compute(_chain_of(*activations(True)), LOSS, x[:1], y[:1], ["kfra", "kflr"])
+    for name, factors in alone["kflr"].items():
+        torch.testing.assert_close(alone["kfra"][name].to_dense(), factors.to_dense())
+
+
+def test_kfra_refuses_what_branches_or_changes_a_view_in_place():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.second(h.relu()) + h
+
+    x, y = torch.randn(4, 3), torch.randint(3, (4,))
+    with pytest.raises(ValueError, match="chain"):
+        compute(Branch(), LOSS, x, y, ["kfra"])
+    view = nn.Sequential(
+        nn.Conv1d(1, 2, 2), nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(4, 3)
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="changes a view in place"):
+        compute(view, LOSS, x.unsqueeze(1), y, ["kfra"])
+
+
 def test_kfac_reduce_averages_positions_first():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
@@ -237,6 +283,9 @@ class TestKroneckerFactors:
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="do not fit"):
             KroneckerFactors((2, 3), torch.eye(2)[None], torch.eye(2)[None])
+        singular = KroneckerFactors((2,), torch.full((1, 2, 2), 2.0**66))
+        with pytest.raises(ValueError, match=r"float32.*damping is too small"):
+            singular.inv(1e-2)
         factors = KroneckerFactors((2,), torch.eye(2)[None])
         with pytest.raises(ValueError, match="damping must be positive"):
             factors.inv(0.0)

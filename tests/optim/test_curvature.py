@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from assay.curvature import compute
@@ -115,7 +116,7 @@ def test_state_dict_resumes():
 def test_bad_arguments(kind):
     model, x, y = _problem()
     for bad in ({"lr": -1.0}, {"damping": 0.0}, {"l2": -1.0}, {"update_freq": 0},
-                {"mc_samples": 0}):  # fmt: skip
+                {"mc_samples": 0}, {"kl_clip": 0.0}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(bad))):
             kind(model, LOSS, **bad)
     optimizer = kind(model, LOSS)
@@ -123,3 +124,75 @@ def test_bad_arguments(kind):
         optimizer.step(None)
     with pytest.raises(RuntimeError, match="backward"):
         optimizer.step(lambda: LOSS(model(x), y))
+
+
+@pytest.mark.parametrize("kind", [DiagGGN, KFAC])
+@pytest.mark.parametrize("seed", range(3))
+def test_defaults_train(kind, seed):
+    digits = load_digits()
+    x = torch.tensor(digits.data / 16, dtype=torch.float32)
+    y = torch.tensor(digits.target)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = kind(model, LOSS)
+    for _ in range(3):
+        for rows in torch.randperm(len(x)).split(128):
+            optimizer.step(_closure(optimizer, model, x[rows], y[rows]))
+    assert float((model(x).argmax(1) == y).float().mean()) > 0.85
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
+        self.inner, self.layers = nn.Linear(8, 16), nn.TransformerEncoder(layer, 2)
+        self.outer = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.outer(self.layers(self.inner(x)).mean(1))
+
+
+@pytest.mark.parametrize("kind", [DiagGGN, KFAC])
+def test_defaults_train_a_transformer_on_few_samples(kind):
+    torch.manual_seed(0)
+    model, x, y = Transformer(), torch.randn(16, 5, 8), torch.randint(4, (16,))
+    optimizer = kind(model, LOSS)
+    losses = [optimizer.step(_closure(optimizer, model, x, y)).item() for _ in range(30)]
+    assert max(losses) < 1.2 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("kind", [DiagGGN, KFAC])
+@pytest.mark.parametrize("kl_clip", [1e-6, 1e-4, 1e9])
+def test_clipped_steps_have_the_length_asked_for(kind, kl_clip):
+    def moved(**settings):
+        model, x, y = _problem()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = kind(model, LOSS, l2=0.02, mc_samples=None, **settings)
+        optimizer.step(_closure(optimizer, model, x, y))
+        after = zip(before, model.parameters(), strict=True)
+        return torch.cat([(a - p.detach()).flatten() for a, p in after])
+
+    model, x, y = _problem()
+    quantity = "diag_ggn" if kind is DiagGGN else "kflr"
+    found = compute(model, LOSS, x, y, [quantity])[quantity].values()
+    blocks = [
+        torch.diag(1 / (c.flatten() + 0.03)) if kind is DiagGGN else c.inv(0.03).to_dense()
+        for c in found
+    ]
+    metric = torch.linalg.inv(torch.block_diag(*blocks))
+    whole, step = moved(lr=0.1, damping=0.01), moved(lr=0.1, damping=0.01, kl_clip=kl_clip)
+    length = float(whole @ metric @ whole)
+    torch.testing.assert_close(step, whole * min(1.0, (kl_clip / length) ** 0.5))
+    torch.testing.assert_close(float(step @ metric @ step), min(kl_clip, length))
+    # Without a learning rate it is 0.1, and steps are clipped.
+    torch.testing.assert_close(moved(kl_clip=kl_clip), step)
+    torch.testing.assert_close(moved(), moved(lr=0.1, kl_clip=1e-3))
+
+
+@pytest.mark.parametrize("kind", [DiagGGN, KFAC])
+def test_a_learning_rate_of_ones_own_is_not_clipped(kind):
+    model, _, _ = _problem()
+    assert kind(model, LOSS, lr=0.1).kl_clip is None
+    assert kind(model, LOSS).kl_clip == 1e-3
+    assert kind(model, LOSS).param_groups[0]["lr"] == 0.1

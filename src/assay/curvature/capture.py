@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -53,7 +53,22 @@ class LossCall:
 
 @dataclass(frozen=True)
 class Step:
-    """One call that depends on the inputs, for recursions that follow the whole graph."""
+    """One call that depends on the inputs, for recursions that follow the whole graph.
+
+    A call in place returns its input, so that tensors do not tell one call from the next: places
+    in the graph do.
+
+    Args:
+        function: that was called.
+        args: of the call.
+        kwargs: of the call.
+        inputs: those arguments that depend on the model's inputs.
+        output: of the call.
+        weights: names of the parameters among the arguments.
+        bottom: places of `inputs` as they were before the call; None for one without a gradient.
+        top: place of `output` right after the call.
+        versions: of `inputs` before the call.
+    """
 
     function: Callable
     args: tuple
@@ -61,6 +76,14 @@ class Step:
     inputs: tuple[Tensor, ...]
     output: Tensor
     weights: tuple[str, ...]
+    bottom: tuple[GradientEdge | None, ...]
+    top: GradientEdge
+    versions: tuple[int, ...]
+
+    @property
+    def intact(self) -> bool:
+        """Whether the inputs still have the values that the call saw."""
+        return all(t._version == v for t, v in zip(self.inputs, self.versions, strict=True))
 
 
 @dataclass
@@ -176,6 +199,7 @@ class Capture(TorchFunctionMode):
         pending = None
         if weights and sampled and torch.is_grad_enabled():
             pending = self._prepare(func, args, kwargs)
+        before = self._places(args, kwargs) if self.record.steps is not None else {}
         out = func(*args, **kwargs)
         if func in _IN_PLACE_WITHOUT_RESULT:
             self._assigned(args, weights, sampled)
@@ -189,7 +213,7 @@ class Capture(TorchFunctionMode):
                 self.record.uses[-1].probe = True
         self._mark_results(tensors, weights, sampled)
         if sampled and isinstance(out, Tensor):
-            self._note(func, args, kwargs, out, weights)
+            self._note(func, args, kwargs, out, weights, before)
         return out
 
     def _one_each(self, args: tuple) -> bool:
@@ -301,7 +325,15 @@ class Capture(TorchFunctionMode):
         if sampled or weights:
             target.__dict__[_MARK] = SAMPLE
 
-    def _note(self, func, args, kwargs, out: Tensor, weights: list[Weight]) -> None:
+    def _places(self, args: tuple, kwargs: dict) -> dict[int, tuple[GradientEdge | None, int]]:
+        """Place in the graph and version of each argument that depends on the inputs."""
+        return {
+            id(t): (get_gradient_edge(t) if t.requires_grad else None, t._version)
+            for t in _tensors(args, kwargs)
+            if self._mark_of(t) is SAMPLE
+        }
+
+    def _note(self, func, args, kwargs, out: Tensor, weights: list[Weight], before: dict) -> None:
         """Remember calls of losses, and every step if asked to."""
         kind = _LOSSES.get(func)
         if kind is not None:
@@ -309,12 +341,28 @@ class Capture(TorchFunctionMode):
             if call is not None:
                 self.record.losses.append(call)
                 return
-        if self.record.steps is not None and out.requires_grad:
-            inputs = tuple(
-                t for t in _tensors(args, kwargs) if self._mark_of(t) is SAMPLE and t is not out
-            )
-            names = tuple(root for weight in weights for root in weight.roots)
-            self.record.steps.append(Step(func, args, kwargs, inputs, out, names))
+        if self.record.steps is None or not out.requires_grad:
+            return
+        inputs = tuple(t for t in _tensors(args, kwargs) if id(t) in before)
+        bottom, versions = (
+            zip(*(before[id(t)] for t in inputs), strict=True) if inputs else ((), ())
+        )
+        top = get_gradient_edge(out)
+        if place(top) in [place(edge) for edge in bottom]:
+            return  # it returned its input as it was: a dropout in evaluation mode
+        names = tuple(root for weight in weights for root in weight.roots)
+        self.record.steps.append(
+            Step(func, args, kwargs, inputs, out, names, bottom, top, versions)
+        )
+
+
+def place(edge: GradientEdge | None) -> tuple[Any, int]:
+    """What tells a place in the graph from others.
+
+    Args:
+        edge: the place; None for a tensor without a gradient.
+    """
+    return (None, 0) if edge is None else (edge.node, edge.output_nr)
 
 
 def _loss_call(kind: type[nn.Module], value: Tensor, *args: Any, **kwargs: Any) -> LossCall | None:

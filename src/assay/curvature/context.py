@@ -45,7 +45,7 @@ def extend(
     loss_fn: Callable[[Any, Any], Tensor] | None,
     quantities: Iterable[str],
     *,
-    mc_samples: int = 1,
+    mc_samples: int | None = None,
     generator: torch.Generator | None = None,
     params: Selection = None,
     kfac_approx: str = "expand",

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from assay.curvature.capture import Capture, plain_kernels
 from assay.curvature.chunks import count_samples, pieces, slice_samples
 from assay.curvature.first_order import FIRST_ORDER, first_order
-from assay.curvature.hessian import HESSIAN, hessian_diagonals
+from assay.curvature.hessian import FEWEST_PROBES, HESSIAN, hessian_diagonals
 from assay.curvature.kfra import kfra
 from assay.curvature.objective import Objective, find_objective
 from assay.curvature.plan import Plan
@@ -31,7 +31,7 @@ class Settings:
     """The arguments of `compute` that every pass needs."""
 
     quantities: frozenset[str]
-    mc_samples: int
+    mc_samples: int | None
     generator: torch.Generator | None
     params: Selection
     kfac_approx: str
@@ -39,6 +39,12 @@ class Settings:
     batch_dim: int
     out: Mapping[str, Mapping[str, Any]]
     piece: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mc_samples is not None and self.mc_samples < 1:
+            raise ValueError(f"mc_samples must be at least 1, got {self.mc_samples}")
+        if self.kfac_approx not in ("expand", "reduce"):
+            raise ValueError(f"kfac_approx must be 'expand' or 'reduce', got {self.kfac_approx!r}")
 
     def only(self, quantities: frozenset[str]) -> "Settings":
         """With other quantities."""
@@ -67,7 +73,7 @@ def compute(
     targets: Any = None,
     quantities: Iterable[str] = FIRST_ORDER,
     *,
-    mc_samples: int = 1,
+    mc_samples: int | None = None,
     generator: torch.Generator | None = None,
     params: Selection = None,
     chunk_size: int | None = None,
@@ -99,6 +105,12 @@ def compute(
     labels drawn from the model (by random signs for `diag_hessian_mc`), unbiased. For a loss that
     is a sum over samples, `grad` and curvature are those of the sum, the rest stays.
 
+    `variance` is mean g² − (mean g)² where that keeps at least a 64th of mean g². For a parameter
+    with an entry where it does not, individual gradients are formed, some at a time, and the mean
+    of (g − mean g)² taken: that costs about what they cost. So it is never negative, zero for one
+    sample or equal gradients, and with ε the dtype's precision its relative error is some 100 ε or
+    ε |mean g| / √variance, whichever is larger; the latter is that of individual gradients.
+
     The model may be any module: what happens to each parameter is watched at the level of torch
     functions, and autograd carries gradients through everything between. A parameter that is used
     several times has its gradients added before they are squared. Linear maps, convolutions,
@@ -120,7 +132,8 @@ def compute(
         inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
         targets: what `loss_fn` takes second.
         quantities: names from the table.
-        mc_samples: draws, for the random quantities.
+        mc_samples: draws, for the random quantities; by default 1, and 2 for `diag_hessian_mc`, the
+            fewest that have a standard error.
         generator: of the draws.
         params: names or a predicate on names; default all that require a gradient.
         chunk_size: samples a pass; the result is that of the whole batch.
@@ -144,7 +157,7 @@ def compute(
         ValueError: if the batch is empty; the loss is not finite (NaN in the inputs), not a mean or
             sum over samples, or, for second order, none of those listed; a BatchNorm is in training
             mode and more than `grad` is asked for; a name is unknown; a named parameter is frozen;
-            `kfra` is asked of a model that is no chain.
+            `kfra` is asked of a model that is no chain; `diag_hessian_mc` with `mc_samples=1`.
 
     Example:
         >>> import torch
@@ -167,12 +180,8 @@ def compute(
     wanted = check_quantities(quantities)
     if scale not in ("samples", "loss"):
         raise ValueError(f"scale must be 'samples' or 'loss', got {scale!r}")
-    if mc_samples < 1:
-        raise ValueError(f"mc_samples must be at least 1, got {mc_samples}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if kfac_approx not in ("expand", "reduce"):
-        raise ValueError(f"kfac_approx must be 'expand' or 'reduce', got {kfac_approx!r}")
     model = unwrapped(model)
     settings = Settings(
         wanted, mc_samples, generator, params, kfac_approx, max_features, batch_dim, out or {}
@@ -335,7 +344,12 @@ def evaluate(
         found["kfra"] = kfra(plan, steps, inputs, max_features=settings.max_features)
     if wanted & set(HESSIAN):
         found |= hessian_diagonals(
-            plan, steps, inputs, wanted, probes=settings.mc_samples, generator=settings.generator
+            plan,
+            steps,
+            inputs,
+            wanted,
+            probes=settings.mc_samples or FEWEST_PROBES,
+            generator=settings.generator,
         )
     return Quantities(found, objective.samples, objective.reduction, objective.weight)
 
@@ -344,7 +358,7 @@ def _second_order(plan: Plan, settings: Settings) -> dict[str, dict[str, Any]]:
     return second_order(
         plan,
         settings.quantities,
-        mc_samples=settings.mc_samples,
+        mc_samples=settings.mc_samples or 1,
         generator=settings.generator,
         kfac_approx=settings.kfac_approx,
         max_features=settings.max_features,

@@ -1,7 +1,7 @@
 """Quantities of the samples' gradients: all from one backward pass."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,12 @@ from assay.curvature.plan import Plan, Source
 from assay.curvature.uses import MatrixUse, square_norms
 
 FIRST_ORDER = ("grad", "grad_batch", "batch_l2", "second_moment", "variance")
+
+CANCELLED = 1 / 64
+"""Share of E g² that E g² − (E g)² has to keep: with less of it, too many digits were lost."""
+
+AT_ONCE = 1 << 16
+"""Entries of differences that are taken together: few calls, and they stay in the cache."""
 
 
 def first_order(
@@ -75,7 +81,7 @@ def _from_rows(
     if {"second_moment", "variance"} & quantities:
         own["second_moment"] = _mean_square(rows)
     mean = rows.mean(0)
-    return _finish(own, mean, objective, quantities, buffers)
+    return _finish(own, mean, lambda: (rows,), objective, quantities, buffers)
 
 
 def _output_gradients(plan: Plan) -> list[Tensor]:
@@ -122,7 +128,12 @@ def _from_rules(
             mean = rows.mean(0)
         else:
             mean = use.total(slot, G, 1 / samples, buffers.get("grad"))
-    return _finish(own, mean, plan.objective, quantities, buffers)
+
+    def blocks() -> Iterable[Tensor]:
+        kept = own.get("grad_batch", rows)
+        return use.blocks(slot, G) if kept is None else (kept,)
+
+    return _finish(own, mean, blocks, plan.objective, quantities, buffers)
 
 
 def _columns_of(G):
@@ -132,15 +143,50 @@ def _columns_of(G):
 def _finish(
     own: dict[str, Tensor],
     mean: Tensor,
+    blocks: Callable[[], Iterable[Tensor]],
     objective: Objective,
     quantities: frozenset[str],
     buffers: dict[str, Tensor | None],
 ) -> dict[str, Tensor]:
     if "variance" in quantities:
         out = buffers["variance"]
-        own["variance"] = torch.addcmul(own["second_moment"], mean, mean, value=-1, out=out)
+        second = own["second_moment"]
+        variance = torch.addcmul(second, mean, mean, value=-1, out=out)
+        # Not "less than": where squares overflow, two passes need not.
+        if variance.numel() and not torch.sub(variance, second, alpha=CANCELLED).min() >= 0:
+            variance.copy_(_spread(blocks))
+        own["variance"] = variance
     own["grad"] = mean if objective.reduction == "mean" else mean.mul(objective.samples)
     return own
+
+
+def _spread(blocks: Callable[[], Iterable[Tensor]]) -> Tensor:
+    """(1/N) Σ (g_n − mean)² in two passes, for gradients that differ by less than they measure.
+
+    The mean is that of differences from one of them: exact if all are equal.
+
+    Args:
+        blocks: the samples' gradients, some at a time.
+    """
+    first: Tensor | None = None
+    shift, total, samples = torch.zeros(()), torch.zeros(()), 0
+    for rows in blocks():
+        if first is None:
+            first = rows[0].clone()
+            shift, total = torch.zeros_like(first), torch.zeros_like(first)
+        for some in _split(rows):
+            shift += (some - first).sum(0)
+        samples += len(rows)
+    assert first is not None
+    centre = first + shift / samples
+    for rows in blocks():
+        for some in _split(rows):
+            total += (some - centre).square_().sum(0)
+    return total / samples
+
+
+def _split(rows: Tensor) -> Iterable[Tensor]:
+    return rows.split(max(1, AT_ONCE // rows[0].numel()))
 
 
 def _mean_square(rows: Tensor) -> Tensor:

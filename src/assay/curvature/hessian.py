@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from assay.curvature.capture import Step
 from assay.curvature.plan import Plan, Source
@@ -11,6 +12,9 @@ from assay.curvature.uses import CallUse
 from assay.functional import Estimate
 
 HESSIAN = ("diag_hessian", "diag_hessian_mc")
+FEWEST_PROBES = 2
+"""Random signs for an estimate: one has no standard error."""
+
 LARGEST = 20_000
 """Backward passes that an exact diagonal may cost."""
 
@@ -42,9 +46,10 @@ def hessian_diagonals(
     if "diag_hessian" in quantities:
         found["diag_hessian"] = exact_diagonal(plan, steps, inputs)
     if "diag_hessian_mc" in quantities:
-        if probes < 2:
+        if probes < FEWEST_PROBES:
             raise ValueError(
-                f"diag_hessian_mc needs mc_samples of at least 2 for a standard error, got {probes}"
+                f"diag_hessian_mc needs mc_samples of at least {FEWEST_PROBES} for a standard "
+                f"error, got {probes}"
             )
         found["diag_hessian_mc"] = _hutchinson(plan, probes, generator)
     return found
@@ -88,9 +93,9 @@ def _bends(plan: Plan, steps: list[Step], inputs: list[Tensor]) -> list[Step] | 
         if step.function in SCALING and len(step.inputs) == 1 and _scales(step):
             continue
         alone = len(step.inputs) == 1 and not step.weights
-        if step.function not in SMOOTH or not alone or step.inputs[0] is step.output:
+        if step.function not in SMOOTH or not alone or not step.intact:
             return None
-        if step.inputs[0].requires_grad:
+        if step.bottom[0] is not None:
             bends.append(step)
     reached = id(plan.objective.call.output) in known
     return bends if reached else None
@@ -107,31 +112,36 @@ def _signed_roots(plan: Plan, bends: list[Step]) -> dict[str, Tensor]:
     likelihood, output, target, layout, scale = plan.objective.curvature()
     totals = {name: torch.zeros_like(s.parameter) for name, s in plan.sources.items()}
     for column in output_columns(likelihood, output, target, layout):
-        _add_squares(plan, totals, output, column, scale)
+        _add_squares(plan, totals, get_gradient_edge(output), column, scale)
     if not bends:
         return totals
     slopes = torch.autograd.grad(
         plan.objective.loss,
-        [step.output for step in bends],
+        [step.top for step in bends],
         retain_graph=True,
         allow_unused=True,
         materialize_grads=True,
     )
     samples = plan.objective.samples
     for step, slope in zip(bends, slopes, strict=True):
-        z = step.inputs[0]
+        z, bottom = step.inputs[0], step.bottom[0]
+        assert bottom is not None
         bend = _second_derivative(step) * slope.detach()
         for sign in (1.0, -1.0):
             root = (sign * bend).clamp_min(0).sqrt().reshape(samples, -1)
             for unit in root.any(0).nonzero().flatten().tolist():
                 column = torch.zeros_like(root)
                 column[:, unit] = root[:, unit]
-                _add_squares(plan, totals, z, column.view_as(z), sign)
+                _add_squares(plan, totals, bottom, column.view_as(z), sign)
     return totals
 
 
 def _add_squares(
-    plan: Plan, totals: dict[str, Tensor], output: Tensor, column: Tensor, factor: float
+    plan: Plan,
+    totals: dict[str, Tensor],
+    output: GradientEdge,
+    column: Tensor,
+    factor: float,
 ) -> None:
     gradients = plan.gradients([output], [column])
     for name, source in plan.sources.items():
@@ -205,21 +215,20 @@ def _column_by_column(plan: Plan) -> dict[str, Tensor]:
 def _hutchinson(plan: Plan, probes: int, generator: torch.Generator | None) -> dict[str, Estimate]:
     """v ⊙ Hv with random signs v, at the price of one gradient of the gradient each."""
     sources, gradient = _gradient(plan)
-    total = [torch.zeros_like(s.parameter) for s in sources]
+    means = [torch.zeros_like(s.parameter) for s in sources]
     squares = [torch.zeros_like(s.parameter) for s in sources]
-    for _ in range(probes):
+    for count in range(1, probes + 1):
         signs = [
             torch.randint(2, s.parameter.shape, generator=generator).mul_(2).sub_(1).to(g)
             for s, g in zip(sources, gradient, strict=True)
         ]
         products = _product(sources, gradient, signs)
-        for t, q, v, hv in zip(total, squares, signs, products, strict=True):
-            draw = v * hv
-            t += draw
-            q.addcmul_(draw, draw)
-    found = {}
-    for source, t, q in zip(sources, total, squares, strict=True):
-        mean = t / probes
-        spread = (q / probes - mean.square()).clamp_min(0) / (probes - 1)
-        found[source.name] = Estimate(mean, spread.sqrt())
-    return found
+        for mean, q, v, hv in zip(means, squares, signs, products, strict=True):
+            draw = v * hv  # Welford's updates, which do not cancel
+            step = draw - mean
+            mean.add_(step, alpha=1 / count)
+            q.addcmul_(step, draw - mean)
+    return {
+        source.name: Estimate(mean, (q / (probes * (probes - 1))).sqrt())
+        for source, mean, q in zip(sources, means, squares, strict=True)
+    }

@@ -1,12 +1,14 @@
 """KFRA: the Gauss-Newton matrix averaged over the batch at every layer of a chain."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from assay.curvature.capture import Step
+from assay.curvature.capture import Step, place
 from assay.curvature.kronecker import KroneckerFactors
 from assay.curvature.plan import Part, Plan
 from assay.curvature.second_order import output_columns
@@ -34,17 +36,19 @@ def kfra(
     """
     likelihood, output, target, layout, scale = plan.objective.curvature()
     chain = _chain(plan, steps, inputs, output)
-    parts = _parts_by_output(plan, steps)
+    parts = _parts_by_place(plan)
     columns = output_columns(likelihood, output, target, layout)
     samples = plan.objective.samples
-    flat = columns.reshape(len(columns) * samples, -1)
+    # Under autocast outputs are less precise than parameters, in whose dtype factors are.
+    dtypes = [source.parameter.dtype for source in plan.sources.values()]
+    flat = columns.reshape(len(columns) * samples, -1).to(max(dtypes, key=lambda d: d.itemsize))
     _check_size(flat.shape[1], max_features)
     G = (flat.T @ flat) * scale
     found: dict[str, KroneckerFactors] = {}
-    for place, step in enumerate(reversed(chain)):
-        for part in parts.get(id(step.output), []):
-            found[part.weight.roots[0]] = _factors(part, G)
-        if place + 1 == len(chain) or not step.inputs[0].requires_grad:
+    for depth, step in enumerate(reversed(chain), start=1):
+        for part in parts.get(place(step.top), []):
+            found[part.weight.roots[0]] = _factors(part, G.to(part.use.dtype))
+        if depth == len(chain) or step.bottom[0] is None:
             break
         _check_size(step.inputs[0].numel() // samples, max_features)
         G = _back(step, G, samples)
@@ -71,26 +75,28 @@ def _check_size(features: int, max_features: int) -> None:
 def _chain(plan: Plan, steps: list[Step], inputs: list[Tensor], output: Tensor) -> list[Step]:
     chain: list[Step] = []
     starts = {id(tensor) for tensor in inputs}
-    by_output = {id(step.output): step for step in steps}
-    current = output
-    while id(current) not in starts:
-        step = by_output.get(id(current))
-        if step is None or len(step.inputs) != 1 or step.inputs[0] is current:
-            where = "a call" if step is None else getattr(step.function, "__name__", "a call")
-            raise ValueError(f"kfra needs a chain of calls with one input each; {where} is no link")
+    by_place = {place(step.top): step for step in steps}
+    current = get_gradient_edge(output)
+    while current is not None:
+        step = by_place.get(place(current))
+        if step is None:
+            raise ValueError(
+                "kfra needs a chain of calls; what it saw is cut off by a call it did not see or "
+                "by one that changed a view in place"
+            )
+        if len(step.inputs) != 1:
+            name = getattr(step.function, "__name__", "a call")
+            raise ValueError(f"kfra needs a chain of calls with one input each; {name} is no link")
         chain.append(step)
-        current = step.inputs[0]
-        if not current.requires_grad:
-            break
-    consumed = [id(t) for step in steps for t in step.inputs if t.requires_grad]
+        current = None if id(step.inputs[0]) in starts else step.bottom[0]
+    consumed = [place(edge) for step in steps for edge in step.bottom if edge is not None]
     if len(set(consumed)) != len(consumed):
         raise ValueError("kfra needs a chain: an intermediate result is used more than once")
     return chain[::-1]
 
 
-def _parts_by_output(plan: Plan, steps: list[Step]) -> dict[int, list[Part]]:
-    outputs = {step.output.grad_fn: id(step.output) for step in steps}
-    found: dict[int, list[Part]] = {}
+def _parts_by_place(plan: Plan) -> dict[tuple[Any, int], list[Part]]:
+    found: dict[tuple[Any, int], list[Part]] = {}
     for source in plan.sources.values():
         part = source.single
         if source.unused:
@@ -99,7 +105,7 @@ def _parts_by_output(plan: Plan, steps: list[Step]) -> dict[int, list[Part]]:
             raise ValueError(
                 f"kfra knows linear maps and convolutions of a chain, not {source.name!r}"
             )
-        found.setdefault(outputs[part.use.edge.node], []).append(part)
+        found.setdefault(place(part.use.edge), []).append(part)
     return found
 
 
@@ -128,14 +134,11 @@ def _back(step: Step, G: Tensor, samples: int) -> Tensor:
     z = step.inputs[0]
     if step.function in SHAPE_ONLY:
         return G
-    if step.function is F.linear and z.ndim == 2:
+    if step.function is F.linear and z.ndim == 2 and len(step.args) > 1:
         weight = step.args[1].detach().to(G.dtype)
         return weight.T @ G @ weight
     if step.function in SMOOTH or step.function in PIECEWISE_ENTRYWISE:
-        (slope,) = torch.autograd.grad(
-            step.output, z, torch.ones_like(step.output), retain_graph=True
-        )
-        slope = slope.reshape(samples, -1)
+        slope = _row(step, torch.ones_like(step.output)).reshape(samples, -1).to(G.dtype)
         return G * (slope.T @ slope / samples)
     # Row j of every sample's Jacobian at once: output j of all samples.
     size = math.prod(step.output.shape) // samples
@@ -143,10 +146,22 @@ def _back(step: Step, G: Tensor, samples: int) -> Tensor:
     for j in range(size):
         column = torch.zeros_like(step.output).view(samples, -1)
         column[:, j] = 1
-        (row,) = torch.autograd.grad(step.output, z, column.view_as(step.output), retain_graph=True)
-        rows.append(row.reshape(samples, -1))
-    J = torch.stack(rows, 1)
+        rows.append(_row(step, column.view_as(step.output)).reshape(samples, -1))
+    J = torch.stack(rows, 1).to(G.dtype)
     total = G.new_zeros(J.shape[2], J.shape[2])
     for one in J:
         total.addmm_(one.T @ G, one)
     return total / samples
+
+
+def _row(step: Step, cotangent: Tensor) -> Tensor:
+    """Jᵀv of one call."""
+    (bottom,) = step.bottom
+    assert bottom is not None
+    (found,) = torch.autograd.grad(
+        [step.top], [bottom], [cotangent], retain_graph=True, allow_unused=True
+    )
+    if found is None:
+        name = getattr(step.function, "__name__", "a call")
+        raise ValueError(f"kfra needs a chain; {name} changes a view in place, past what it saw")
+    return found

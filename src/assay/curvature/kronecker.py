@@ -125,7 +125,7 @@ class KroneckerFactors:
             The factors of the inverse.
 
         Raises:
-            ValueError: if `damping` is not positive.
+            ValueError: if `damping` is not positive, or too small for the precision of the factors.
         """
         if not damping > 0:
             raise ValueError(f"damping must be positive, got {damping}")
@@ -193,5 +193,12 @@ def _inverse(factor: Tensor, damping: Tensor) -> Tensor:
     damped = factor + torch.diag_embed(damping.expand(factor.shape[:2]))
     cholesky, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed.any()):
-        return torch.linalg.inv(damped)
+        try:
+            return torch.linalg.inv(damped)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"a factor cannot be inverted in {factor.dtype}, its damping is too small beside "
+                f"its largest entry {float(factor.abs().max()):.3g}; if a model is being trained, "
+                "look whether it diverges"
+            ) from error
     return torch.cholesky_inverse(cholesky)

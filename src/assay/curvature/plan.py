@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from assay.curvature.capture import Record
 from assay.curvature.chain import find_chain
@@ -96,7 +97,11 @@ class Plan:
     # -- gradients -------------------------------------------------------------------------------
 
     def gradients(
-        self, outputs: list[Tensor], cotangents: list[Tensor], *, retain_graph: bool = True
+        self,
+        outputs: Sequence[Tensor] | Sequence[GradientEdge],
+        cotangents: list[Tensor],
+        *,
+        retain_graph: bool = True,
     ) -> list[Tensor]:
         """At every recorded output, in the dtype of the use's weights."""
         if not self.edges:
@@ -109,8 +114,9 @@ class Plan:
     def column_gradients(self, output: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, ByPlace]]:
         """Some columns, and what they are at recorded outputs, behind a leading dimension as well.
 
-        In a chain it is all columns (or as many as memory should hold) at one use after the other,
-        in any other graph one column at all uses.
+        The latter are in the dtype of the use's weights. In a chain it is all columns (or as many
+        as memory should hold) at one use after the other, in any other graph one column at all
+        uses.
 
         Args:
             output: of the model.
@@ -126,7 +132,7 @@ class Plan:
         at_once = max(1, ROWS_AT_ONCE // rows)
         for some in columns.chunk(math.ceil(len(columns) / at_once)):
             for place, reached in chain.columns(some):
-                yield some, {place: reached}
+                yield some, {place: reached.to(self.uses[place].dtype)}
 
     def _complete(self, found: Sequence[Tensor | None]) -> list[Tensor]:
         return [

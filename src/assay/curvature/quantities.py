@@ -171,7 +171,8 @@ def _variance(parts: list[Quantities], scales: list[float]) -> dict[str, Tensor]
             for part, s in zip(parts, scales, strict=True)
         ]
         even = [part.samples / samples for part in parts]
-        centre = _weighted(means, even)
+        differences = [mean - means[0] for mean in means]
+        centre = means[0] + _weighted(differences, even)
         spread = [
             part["variance"][name] * s**2 + (mean - centre).square()
             for part, mean, s in zip(parts, means, scales, strict=True)

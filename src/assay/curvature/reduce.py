@@ -18,7 +18,8 @@ def all_reduce_quantities(
 
     Gradients and curvature are averaged by each process's share in the loss, moments by its number
     of samples, Kronecker factors factor by factor. Individual gradients and their norms stay those
-    of the local samples. One collective call in all.
+    of the local samples. One collective call, and one more for the variance, which is that within
+    processes and between their means.
 
     Args:
         quantities: from `compute` or `extend`, with the same names in every process.
@@ -62,20 +63,22 @@ def all_reduce_quantities(
                 values[quantity][name] = entry if factor == 1 else entry * factor
                 continue
             if quantity == "variance":
-                # As a second moment on its way: E g² of each process.
-                centre = quantities["grad"][name] * (1 if mean else 1 / quantities.samples)
-                part: Any = (entry + centre.square()) * (scale**2 * even)
-            elif quantity == "second_moment":
-                part = entry * (scale**2 * even)
+                continue
+            if quantity == "second_moment":
+                part: Any = entry * (scale**2 * even)
             else:
                 part = _scaled(entry, share, even)
             values[quantity][name] = part
             sent += _tensors(part)
     _sum(sent, group)
     if "variance" in values:
-        for name, second in values["variance"].items():
-            total = values["grad"][name] * (1 if mean else 1 / samples)
-            second.sub_(total.square())
+        # Within processes and between their means, so that nothing cancels.
+        for name, entry in quantities["variance"].items():
+            own = quantities["grad"][name] * (scale if mean else scale / quantities.samples)
+            centre = values["grad"][name] * (1 if mean else 1 / samples)
+            spread = entry * scale**2 + (own - centre).square()
+            values["variance"][name] = spread * even
+        _sum(list(values["variance"].values()), group)
     for entries in values.values():
         for entry in entries.values():
             if isinstance(entry, Estimate):

@@ -1,7 +1,7 @@
 """What a parameter does in one call of a torch function, and the derivatives that follow."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,10 @@ class Use:
         """The gradient of each sample, `(N, *w.shape)`."""
         result = self.columns(slot, G.unsqueeze(0))[0]
         return result if out is None else out.copy_(result)
+
+    def blocks(self, slot: str, G: Gradients) -> Iterator[Tensor]:
+        """The same, some samples at a time, `(n, *w.shape)`."""
+        yield self.per_sample(slot, G)
 
     def total(
         self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None
@@ -208,6 +212,17 @@ class MatrixUse(Use):
         torch.bmm(left, right.mT, out=target)
         return out
 
+    def blocks(self, slot: str, G: Gradients) -> Iterator[Tensor]:
+        """See `Use`."""
+        if slot == "bias":
+            yield self.bias_gradients(G, 0)
+            return
+        left, right = self._pair(G, 0)
+        shape = self.slots[slot].tensor.shape
+        size = max(1, SCRATCH // shape.numel())
+        for some, others in zip(left.split(size), right.split(size), strict=True):
+            yield torch.matmul(some, others.mT).view(-1, *shape)
+
     def total(
         self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
@@ -274,12 +289,7 @@ class MatrixUse(Use):
         if positions * (m + n) < m * n:
             # ‖Σ_t l_t r_tᵀ‖² = ⟨LᵀL, RᵀR⟩: T × T matrices instead of the gradient.
             return (left.mT @ left).mul_(right.mT @ right).sum((1, 2, 3))
-        block = max(1, SCRATCH // (left.shape[1] * m * n))
-        parts = [
-            square_norms(torch.matmul(left[i : i + block], right[i : i + block].mT))
-            for i in range(0, len(left), block)
-        ]
-        return torch.cat(parts)
+        return torch.cat([square_norms(rows) for rows in self.blocks(slot, G)])
 
     def merge_key(self) -> object:
         """Uses with equal keys may be taken as one use at the positions of all."""
@@ -590,6 +600,15 @@ class EmbeddingUse(Use):
         where = tokens[None, :, :, None].expand_as(rows)
         return out.scatter_add_(2, where, rows)
 
+    def blocks(self, slot: str, G: Gradients) -> Iterator[Tensor]:
+        """See `Use`."""
+        shape = self.slots[slot].tensor.shape
+        size = max(1, SCRATCH // shape.numel())
+        rows, tokens = self.rows(G, 0).split(size), self.tokens().split(size)
+        for some, where in zip(rows, tokens, strict=True):
+            out = some.new_zeros(len(some), *shape)
+            yield out.scatter_add_(1, where.unsqueeze(-1).expand_as(some), some)
+
     def total(
         self, slot: str, G: Gradients, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
@@ -645,13 +664,22 @@ class CallUse(Use):
         """See `Use`."""
         return layout.axis == 0 and layout.fold == 1
 
+    def _held(self) -> list[Any]:
+        """The arguments, no less precise than the weights: autocast is off when they serve."""
+        return [
+            arg.to(torch.promote_types(arg.dtype, self.dtype))
+            if isinstance(arg, Tensor) and arg.is_floating_point()
+            else arg
+            for arg in self.args
+        ]
+
     def columns(self, slot: str, V: Gradients) -> Tensor:
         """See `Use`."""
-        place = self.places[slot]
+        place, held = self.places[slot], self._held()
 
         def one(v: Tensor, *samples: Tensor) -> Tensor:
             def call(weight: Tensor) -> Tensor:
-                filled = list(self.args)
+                filled = list(held)
                 for where, sample in zip(self.batched, samples, strict=True):
                     filled[where] = sample.unsqueeze(0)
                 filled[place] = weight
@@ -661,7 +689,7 @@ class CallUse(Use):
             pull: Any = torch.func.vjp(call, self.slots[slot].tensor.detach())[1]
             return torch.func.vmap(lambda column: pull(column.unsqueeze(0))[0])(v)
 
-        rows = [self.args[where] for where in self.batched]
+        rows = [held[where] for where in self.batched]
         lanes = torch.func.vmap(one, in_dims=(1,) + (0,) * len(rows), out_dims=1)
         return lanes(V, *rows)
 
@@ -671,7 +699,7 @@ class CallUse(Use):
         They do not if the function mixes samples, or a first axis of length N counts other things.
         """
         weight = self.slots[slot].tensor.detach().requires_grad_()
-        filled = list(self.args)
+        filled = self._held()
         filled[self.places[slot]] = weight
         args, kwargs = pytree.tree_unflatten(filled, self.spec)
         with torch.enable_grad():

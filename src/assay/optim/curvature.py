@@ -1,5 +1,6 @@
 """Optimizers that divide the gradient by curvature: DiagGGN and KFAC."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch.optim import Optimizer
 from assay.curvature import KroneckerFactors, extend
 from assay.functional import select_parameters
 
+LR, KL_CLIP = 0.1, 1e-3
+"""What steps are without a learning rate of the user's: so long, unless that moves too far."""
+
 
 class _CurvatureOptimizer(Optimizer):
     """θ ← θ − α [G(θ) + (λ + η) I]⁻¹ (∇L + η θ)."""
@@ -18,13 +22,16 @@ class _CurvatureOptimizer(Optimizer):
         self,
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
-        lr: float,
+        lr: float | None,
         damping: float,
         l2: float,
         update_freq: int,
         mc_samples: int | None,
         generator: torch.Generator | None,
+        kl_clip: float | None,
     ) -> None:
+        if lr is None:
+            lr, kl_clip = LR, KL_CLIP if kl_clip is None else kl_clip
         for name, value in (("lr", lr), ("l2", l2)):
             if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -34,18 +41,21 @@ class _CurvatureOptimizer(Optimizer):
             raise ValueError(f"update_freq must be at least 1, got {update_freq}")
         if mc_samples is not None and mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1 or None, got {mc_samples}")
+        if kl_clip is not None and not kl_clip > 0:
+            raise ValueError(f"kl_clip must be positive or None, got {kl_clip}")
         self.model = model
         self.loss_fn = loss_fn
         self.update_freq = update_freq
         self.mc_samples = mc_samples
         self.generator = generator
+        self.kl_clip = kl_clip
         defaults = {"lr": lr, "damping": damping, "l2": l2}
         super().__init__(select_parameters(model).values(), defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """With the model, whose parameters these are."""
         state = super().__getstate__()
-        kept = ("model", "loss_fn", "update_freq", "mc_samples", "generator")
+        kept = ("model", "loss_fn", "update_freq", "mc_samples", "generator", "kl_clip")
         return {**state, **{name: getattr(self, name) for name in kept}}
 
     def _quantity(self) -> str:
@@ -111,6 +121,8 @@ class _CurvatureOptimizer(Optimizer):
 
     @torch.no_grad()
     def _update(self, count: int) -> None:
+        steps: list[tuple[Tensor, Tensor, float]] = []
+        moved = 0.0
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -118,7 +130,15 @@ class _CurvatureOptimizer(Optimizer):
                 if p.grad is None:
                     continue
                 gradient = p.grad.add(p, alpha=group["l2"]) if group["l2"] else p.grad
-                p.add_(self._divide(state, gradient), alpha=-group["lr"])
+                direction = self._divide(state, gradient)
+                steps.append((p, direction, group["lr"]))
+                if self.kl_clip is not None:
+                    moved += group["lr"] ** 2 * float((gradient * direction).sum())
+        shortened = 1.0
+        if self.kl_clip is not None and moved > self.kl_clip:
+            shortened = math.sqrt(self.kl_clip / moved)
+        for p, direction, lr in steps:
+            p.add_(direction, alpha=-lr * shortened)
 
 
 class DiagGGN(_CurvatureOptimizer):
@@ -126,15 +146,23 @@ class DiagGGN(_CurvatureOptimizer):
 
     θ ← θ − α (∇L + η θ) / (diag G(θ) + λ + η).
 
+    With an `lr` this is the paper's rule, for which it searches a grid: α from 1e-4 to 1, λ from
+    1e-4 to 10. No α serves many problems: a diagonal leaves out that parameters act together, so
+    that their steps add up to one too far, the further the more they are. So without an `lr` a step
+    Δ is shortened until Δᵀ(diag G + λ + η)Δ ≤ κ: as far as this matrix is right, it moves the
+    model's distribution by κ/2 nats at most (KL clipping, Ba et al., 2017; κ = 1e-3 as is usual in
+    implementations of KFAC). For a loss that is a sum, that is the sum over samples.
+
     Args:
         model: any module that `assay.curvature` takes; BatchNorm in evaluation mode.
         loss_fn: the loss that closures use.
-        lr: α.
+        lr: α; without it 0.1, and `kl_clip`.
         damping: λ.
         l2: η.
         update_freq: steps for which a diagonal serves; the paper computes it at each.
         mc_samples: draws for an unbiased estimate; None for the exact diagonal.
         generator: of the draws.
+        kl_clip: κ; 1e-3 if there is no `lr` either, None for whole steps.
 
     Raises:
         ValueError: if an argument is out of its range, or the model has no parameter to train.
@@ -155,21 +183,26 @@ class DiagGGN(_CurvatureOptimizer):
         True
 
     Reference:
-        Dangel, Kunstner, Hennig, "BackPACK: Packing more into Backprop", ICLR 2020.
+        Dangel, Kunstner, Hennig, "BackPACK: Packing more into Backprop", ICLR 2020; Ba, Grosse,
+        Martens, "Distributed Second-Order Optimization using Kronecker-Factored Approximations",
+        ICLR 2017 (clipping).
     """
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
-        lr: float = 0.1,
+        lr: float | None = None,
         damping: float = 1e-2,
         l2: float = 0.0,
         update_freq: int = 1,
         mc_samples: int | None = 1,
         generator: torch.Generator | None = None,
+        kl_clip: float | None = None,
     ) -> None:
-        super().__init__(model, loss_fn, lr, damping, l2, update_freq, mc_samples, generator)
+        super().__init__(
+            model, loss_fn, lr, damping, l2, update_freq, mc_samples, generator, kl_clip
+        )
 
     def _quantity(self) -> str:
         return "diag_ggn" if self.mc_samples is None else "diag_ggn_mc"
@@ -188,15 +221,24 @@ class KFAC(_CurvatureOptimizer):
     θ ← θ − α [(B + √(λ + η)/π I) ⊗ (A + π √(λ + η) I)]⁻¹ (∇L + η θ), with
     π² = (tr A / dim A) / (tr B / dim B); biases and scales have an exact block.
 
+    With an `lr` this is the rule of the BackPACK paper, for which it searches a grid: α from 1e-4
+    to 1, λ from 1e-4 to 10. No α serves many problems: blocks leave out that layers act together,
+    and B of one draw a sample says nothing in most directions when samples are few or the model is
+    sure of its classes; there a step is up to α/λ times the gradient. So without an `lr` a step Δ
+    is shortened until ΔᵀĜΔ ≤ κ, with Ĝ the damped blocks: as far as they are right, it moves the
+    model's distribution by κ/2 nats at most (KL clipping, Ba et al., 2017; κ = 1e-3 as is usual in
+    implementations). For a loss that is a sum, that is the sum over samples.
+
     Args:
         model: any module that `assay.curvature` takes; BatchNorm in evaluation mode.
         loss_fn: the loss that closures use.
-        lr: α.
+        lr: α; without it 0.1, and `kl_clip`.
         damping: λ.
         l2: η.
         update_freq: steps for which factors serve; the paper computes them at each.
         mc_samples: draws for the gradients' factor; None for the exact one (KFLR).
         generator: of the draws.
+        kl_clip: κ; 1e-3 if there is no `lr` either, None for whole steps.
 
     Raises:
         ValueError: if an argument is out of its range, or the model has no parameter to train.
@@ -219,21 +261,25 @@ class KFAC(_CurvatureOptimizer):
     Reference:
         Martens, Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate
         Curvature", ICML 2015; Botev, Ritter, Barber, "Practical Gauss-Newton Optimisation for Deep
-        Learning", ICML 2017 (KFLR).
+        Learning", ICML 2017 (KFLR); Ba, Grosse, Martens, "Distributed Second-Order Optimization
+        using Kronecker-Factored Approximations", ICLR 2017 (clipping).
     """
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
-        lr: float = 0.1,
+        lr: float | None = None,
         damping: float = 1e-2,
         l2: float = 0.0,
         update_freq: int = 1,
         mc_samples: int | None = 1,
         generator: torch.Generator | None = None,
+        kl_clip: float | None = None,
     ) -> None:
-        super().__init__(model, loss_fn, lr, damping, l2, update_freq, mc_samples, generator)
+        super().__init__(
+            model, loss_fn, lr, damping, l2, update_freq, mc_samples, generator, kl_clip
+        )
 
     def _quantity(self) -> str:
         return "kflr" if self.mc_samples is None else "kfac"
