@@ -73,3 +73,22 @@ def test_an_empty_ensemble_predicts_nothing():
         ensemble.predict_proba(torch.zeros(1, 4))
     with pytest.raises(KeyError):
         ensemble.load_state_dict({})
+
+
+def test_a_model_that_returns_no_logits_is_refused():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return {"logits": self.layer(x)}
+
+    ensemble = FGE(Wrapped())
+    ensemble.collect()
+    with pytest.raises(TypeError, match=r"FGE needs .* returns dict"):
+        ensemble.predict_proba(torch.zeros(1, 4))
+    ensemble = FGE(nn.Flatten(0))
+    ensemble.collect()
+    with pytest.raises(ValueError, match=r"returns shape \(4,\)"):
+        ensemble.predict_proba(torch.zeros(1, 4))

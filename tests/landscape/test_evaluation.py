@@ -1,4 +1,6 @@
 import copy
+import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from assay.functional import parameters_to_vector, random_direction, vector_to_parameters
-from assay.landscape import Evaluation, evaluate, evaluate_span
+from assay.landscape import (
+    BezierCurve,
+    Evaluation,
+    evaluate,
+    evaluate_curve,
+    evaluate_span,
+    fit_curve,
+    flatness,
+    linear_barrier,
+    minibatch_statistics,
+    random_plane,
+    scan_plane,
+)
 
 MODELS = {
     "mlp": (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), (11, 4)),
@@ -184,3 +198,148 @@ def test_span_is_the_evaluation_at_each_combination(kind: str) -> None:
     assert torch.equal(span.accuracy, plain.accuracy)
     assert net.training
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+class Wrapped(nn.Module):
+    """A net whose logits come in a container."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> object:
+        logits = self.net(x)
+        if self.kind == "dict":
+            return {"logits": logits, "inputs": x.sum(), "hidden": None}
+        return SimpleNamespace(logits=logits) if self.kind == "object" else (logits, 2 * logits)
+
+
+def logits_in(output: object) -> torch.Tensor:
+    if isinstance(output, dict | tuple):
+        return output["logits"] if isinstance(output, dict) else output[0]
+    return output.logits  # type: ignore[attr-defined]
+
+
+def loss_of(output: object, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits_in(output), target)
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "object"])
+def test_outputs_of_any_form_have_the_losses_of_their_logits(kind: str) -> None:
+    torch.manual_seed(0)
+    first, second = Wrapped(kind), Wrapped(kind)
+    x, y = torch.randn(10, 4).double(), torch.randint(3, (10,))
+    batches = {"train": [(x[:7], y[:7]), (x[7:], y[7:])]}
+    curve = BezierCurve([first, second])
+    plain = BezierCurve([first.net, second.net])
+    found = evaluate_curve(curve, batches, num_points=5, loss_fn=loss_of).sets["train"]
+    expected = evaluate_curve(plain, batches, num_points=5).sets["train"]
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=0)
+    assert found.accuracy is None
+    barriers = [
+        linear_barrier(first, second, (x, y), loss_fn=loss_of),
+        linear_barrier(first.net, second.net, (x, y)),
+    ]
+    assert barriers[0] == pytest.approx(barriers[1], rel=1e-12, abs=1e-12)
+    plane = random_plane(first, generator=torch.Generator().manual_seed(0))
+    scans = [
+        scan_plane(model, plane, batches, first=[-1.0, 0.0], second=[0.0, 1.0], loss_fn=loss_fn)
+        for model, loss_fn in ((first, loss_of), (first.net, F.cross_entropy))
+    ]
+    torch.testing.assert_close(scans[0]["train"].loss, scans[1]["train"].loss, rtol=1e-10, atol=0)
+
+
+def test_one_pair_is_one_batch_wherever_batches_are_taken() -> None:
+    torch.manual_seed(0)
+    net, other = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    x, y = torch.randn(10, 4).double(), torch.randint(3, (10,))
+    directions = torch.eye(15).double()[:2]
+    for pair in ((x, y), [x, y]):
+        assert linear_barrier(net, other, pair) == linear_barrier(net, other, [(x, y)])
+        found = evaluate(net, [parameters_to_vector(net)], {"all": pair})["all"].loss
+        assert found.item() == pytest.approx(F.cross_entropy(net(x), y).item(), rel=1e-12)
+        assert torch.equal(
+            flatness(net, F.cross_entropy, pair, directions).width,
+            flatness(net, F.cross_entropy, [(x, y)], directions).width,
+        )
+        assert len(fit_curve(BezierCurve([net, other]), pair, epochs=1, lr=0.1)) == 1
+        with pytest.raises(ValueError, match="at least two mini-batches, got 1"):
+            minibatch_statistics(net, F.cross_entropy, pair, directions)
+    for bad in ([x, y, y], [(x, y, y)], x, iter([(x, y, y)])):
+        with pytest.raises(ValueError, match=r"\(x, y\)"):
+            linear_barrier(net, other, bad)
+    with pytest.raises(ValueError, match="not an iterator"):
+        flatness(net, F.cross_entropy, iter([(x, y)]), directions)
+
+
+def test_a_pair_serves_for_statistics_too() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    x, y = torch.randn(10, 4).double(), torch.randint(3, (10,))
+    points = [parameters_to_vector(net)]
+    expected = evaluate(net, points, {"all": (x, y)}, bn_batches=[x])["all"].loss
+    for statistics in ((x, y), [(x, y)], x.split(5)):
+        found = evaluate(net, points, {"all": (x, y)}, bn_batches=statistics)["all"].loss
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    assert torch.equal(evaluate(net, points, {"train": (x, y)})["train"].loss, expected)
+    assert linear_barrier(net, net, (x, y)) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "ignored"),
+    [
+        (F.cross_entropy, -100),
+        (nn.CrossEntropyLoss(ignore_index=2), 2),
+        (functools.partial(F.cross_entropy, ignore_index=2), 2),
+        (lambda out, y: F.cross_entropy(out, y), -100),
+    ],
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_ignored_targets_count_neither_in_the_loss_nor_in_the_accuracy(
+    loss_fn, ignored: int, dense: bool
+) -> None:
+    torch.manual_seed(0)
+    net = (nn.Conv1d(4, 3, 1) if dense else nn.Linear(4, 3)).double()
+    x = torch.randn(12, 4, 5).double() if dense else torch.randn(12, 4).double()
+    y = torch.randint(2, (12, 5) if dense else (12,))
+    y[1:5], y[8:] = ignored, ignored
+    batches = {"all": [(x[:8], y[:8]), (x[8:], y[8:])]}  # the second is ignored altogether
+    counted = y != ignored
+    logits = net(x).detach()
+    point = parameters_to_vector(net)
+    for found in (
+        evaluate(net, [point, point], batches, loss_fn=loss_fn)["all"],
+        evaluate_span(net, point[None], torch.ones(2, 1).double(), batches, loss_fn=loss_fn)["all"],
+    ):
+        expected = F.cross_entropy(logits, y, ignore_index=ignored).item()
+        assert found.loss.tolist() == pytest.approx([expected] * 2, rel=1e-10)
+        hits = (logits.argmax(1) == y)[counted].double().mean().item()
+        assert found.accuracy is not None
+        assert found.accuracy.tolist() == pytest.approx([hits] * 2)
+    with pytest.raises(ValueError, match=f"ignored .they are {ignored}"):
+        evaluate(net, [point], {"all": batches["all"][1:]}, loss_fn=loss_fn)
+
+
+def test_a_class_of_a_byte_is_not_the_ignored_one() -> None:
+    # −100 as a byte is 156.
+    net = nn.Linear(2, 200)
+    x, y = torch.randn(4, 2), torch.full((4,), 156, dtype=torch.uint8)
+
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output, target.long())
+
+    found = evaluate(net, [parameters_to_vector(net)], {"all": (x, y)}, loss_fn=loss_fn)["all"]
+    assert found.loss.item() == pytest.approx(loss_fn(net(x), y).item(), rel=1e-6)
+
+
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    net = nn.Linear(2, 3)
+    x, y = torch.randn(4, 2), torch.arange(4) % 3
+    with pytest.raises(ValueError, match=r"scalar, .* got shape \(4,\)"):
+        evaluate(
+            net,
+            [parameters_to_vector(net)],
+            {"all": (x, y)},
+            loss_fn=nn.CrossEntropyLoss(reduction="none"),
+        )

@@ -1,5 +1,6 @@
 """Planted patterns, planes of weights, and their closed forms."""
 
+import inspect
 import math
 
 import numpy as np
@@ -122,6 +123,154 @@ def test_impossible_nets_and_patterns_are_refused():
         embed_pattern(_net(), lambda h: h[:, 0], LABELS)
 
 
+class Custom(nn.Module):
+    """Four linear layers, registered in another order than the one they run in."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.last, self.wide = nn.Linear(64, 3), nn.Linear(8, 64)
+        self.first, self.middle = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.unused = nn.Linear(3, 7)
+
+    def forward(self, x):
+        hidden = self.middle(self.first(x).relu()).relu()
+        return self.last(self.wide(hidden).relu())
+
+
+class FunctionalTanh(Custom):
+    def forward(self, x):
+        return self.last(self.wide(self.middle(self.first(x).tanh()).tanh()).tanh())
+
+
+class Leaky(Custom):
+    def forward(self, x):
+        hidden = F.leaky_relu(self.middle(F.leaky_relu(self.first(x))))
+        return self.last(F.leaky_relu(self.wide(hidden)))
+
+
+class Residual(Custom):
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        return self.last(self.wide(hidden + self.middle(hidden).relu()).relu())
+
+
+class Reused(Custom):
+    def forward(self, x):
+        hidden = self.middle(self.middle(self.first(x).relu()).relu()).relu()
+        return self.last(self.wide(hidden).relu())
+
+
+class Scaled(Custom):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class FunctionalDropout(Custom):
+    def forward(self, x):
+        hidden = self.middle(self.first(x).relu()).relu()
+        return self.last(F.dropout(self.wide(hidden).relu(), 0.5, True))
+
+
+class Logits(Custom):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+REFUSED = {
+    FunctionalTanh: "not Linear, ReLU", Leaky: "not Linear, ReLU", Residual: "not Linear, ReLU",
+    Scaled: "not Linear, ReLU", FunctionalDropout: "not Linear, ReLU", Reused: "4 of them in 5",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", REFUSED)
+def test_a_forward_pass_that_is_no_such_chain_is_refused_and_keeps_its_weights(make):
+    net = make().double().train()
+    before = parameters_to_vector(net).clone()
+    with pytest.raises(ValueError, match=REFUSED[make]):
+        embed_pattern(net, waves, LABELS)
+    assert torch.equal(parameters_to_vector(net), before)
+    assert all(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_error_is_that_of_the_model_itself_in_its_own_precision(dtype):
+    net = Custom().to(dtype)
+    unused = net.unused.weight.detach().clone()
+    found = embed_pattern(net, waves, LABELS, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(net.unused.weight, unused)
+    origin, g = parameters_to_vector(net), torch.Generator().manual_seed(1)
+    h = torch.rand(200, 2, generator=g, dtype=torch.float64)
+    x = torch.randn(12, 6, generator=g).to(dtype)
+    with torch.no_grad():
+        said = [call_with_vector(net, origin + p.to(dtype) @ found.directions, x) for p in h]
+    losses = torch.stack([F.cross_entropy(out.double(), LABELS) for out in said])
+    real = (losses - waves(h)).abs().max().item()
+    # 200 points find a good part of the largest error of 40,000; rounding of h to float16 moves
+    # the points themselves by 2⁻¹¹.
+    slack = 8 * torch.finfo(dtype).eps
+    assert 0.1 * found.sup_error < real <= found.sup_error + slack
+    assert found.sup_error < 0.5
+
+
+def test_inputs_of_another_shape_are_given():
+    class Image(Custom):
+        def forward(self, x):
+            return super().forward(x.view(len(x), 2, 3)[:, :, :].reshape(len(x), 6) / x.shape[3])
+
+    net = Image().double()
+    with pytest.raises(ValueError, match="inputs="):
+        embed_pattern(net, waves, LABELS)
+    images = torch.randn(5, 1, 2, 3, dtype=torch.float64)
+    assert embed_pattern(net, waves, LABELS, inputs=images).sup_error < 0.5
+
+
+def test_a_tied_net_and_one_without_logits_are_refused():
+    tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    tied[2].weight = tied[0].weight
+    with pytest.raises(ValueError, match="share a parameter"):
+        embed_pattern(tied, waves, LABELS)
+    with pytest.raises(TypeError, match="returns dict"):
+        embed_pattern(Logits(), waves, LABELS)
+    with pytest.raises(TypeError, match="embed_pattern_beside needs"):
+        embed_pattern_beside(Logits(), waves, torch.randn(12, 6), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "labels", "message"),
+    [
+        (lambda h: h[:, 0] * math.nan, LABELS, "finite on the unit cube, got nan at h = "),
+        (lambda h: h, LABELS, r"one loss a point, \(2112,\) .* got \(2112, 2\)"),
+        (lambda h: 1.7, LABELS, "one loss a point.* got float"),
+        (waves, LABELS[:0], "at least one class index"),
+        (waves, LABELS.double(), "integers, got torch.float64"),
+        (waves, LABELS + 1, "0…2, got some from 1 to 3"),
+        (waves, LABELS - 1, "0…2, got some from -1 to 1"),
+        (waves, LABELS.view(3, 4), "class index"),
+    ],
+)
+def test_patterns_and_labels_are_checked_before_anything_is_written(pattern, labels, message):
+    net = _net()
+    before = parameters_to_vector(net).clone()
+    with pytest.raises(ValueError, match=message):
+        embed_pattern(net, pattern, labels)
+    assert torch.equal(parameters_to_vector(net), before)
+    trained, x = nn.Linear(6, 3).double(), torch.zeros(12, 6).double()
+    with pytest.raises(ValueError, match=message):
+        embed_pattern_beside(trained, pattern, x, labels, width=256)
+
+
+def test_a_pattern_may_be_written_with_numpy():
+    def of_arrays(h):
+        return 1.7 + 0.3 * np.sin(5 * h.numpy()).prod(1)
+
+    found = [
+        embed_pattern(_net(), pattern, LABELS, generator=torch.Generator().manual_seed(0))
+        for pattern in (waves, of_arrays)
+    ]
+    assert found[0].sup_error == pytest.approx(found[1].sup_error, rel=1e-6)
+
+
 def _plane(**kwargs):
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)) for _ in range(3)]
@@ -155,6 +304,62 @@ def test_points_at_once_are_the_points_one_by_one_with_their_gradients():
     torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10)
 
 
+class Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def _normed():
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize(("make", "shape"), [(_normed, (10, 4)), (Last, (10, 7, 4))])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_plane_of_models_that_vmap_cannot_run(make, shape, training):
+    torch.manual_seed(0)
+    models = [make() for _ in range(3)]
+    before = {name: value.clone() for name, value in models[0].state_dict().items()}
+    plane = PlaneModel(models).double().train(training)
+    x, y = torch.randn(shape).double(), torch.randint(3, (10,))
+    points = torch.tensor([[0.0, 0.0], [1.0, -2.0], [-0.5, 3.0]]).double()
+    good = torch.tensor([True, False, True])
+    logits = plane(x, points)
+    gradient = torch.autograd.grad(MultiPointLoss()(logits, y, good), list(plane.parameters()))
+    assert all(bool(g.isfinite().all()) for g in gradient)
+    one = make().double()
+    single = []
+    for weights in plane.weights(points):
+        one.load_state_dict({k: v.double() for k, v in before.items()})
+        one.train(training)
+        single.append(call_with_vector(one, weights, x))
+    torch.testing.assert_close(logits, torch.stack(single), rtol=1e-10, atol=1e-10)
+    assert all(torch.equal(value, before[name]) for name, value in models[0].state_dict().items())
+
+
+def test_a_plane_of_models_with_several_outputs_stacks_each():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return {"logits": self.layer(x), "name": "two"}
+
+    torch.manual_seed(0)
+    models = [Two() for _ in range(3)]
+    plane, inner = PlaneModel(models), PlaneModel([model.layer for model in models])
+    x, points = torch.randn(5, 4), torch.tensor([[0.0, 0.0], [1.0, -1.0]])
+    found = plane(x, points)
+    torch.testing.assert_close(found["logits"], inner(x, points))
+    assert found["name"] == "two"
+    with pytest.raises(ValueError, match="coordinates is empty"):
+        plane(x, points[:0])
+
+
 def test_cells_lie_around_the_origin_with_row_0_on_top():
     plane, _ = _plane()
     cells = plane.coordinates(np.ones((3, 2)))
@@ -176,6 +381,10 @@ def test_masks_are_read_and_checked(tmp_path):
     for bad in ("##\n##", np.array([[2, 1]]), "x#\n..", np.ones(3)):
         with pytest.raises(ValueError, match="mask"):
             load_mask(bad)
+    for missing in (str(tmp_path / "none.npy"), tmp_path / "none.txt"):
+        with pytest.raises(FileNotFoundError, match=r"none\.(npy|txt)"):
+            load_mask(missing)
+    assert load_mask("#.").tolist() == [[1, -1]]
 
 
 def test_plane_scan_is_the_loop_with_batchnorm_recomputed_at_each_point():
@@ -200,3 +409,21 @@ def test_plane_scan_is_the_loop_with_batchnorm_recomputed_at_each_point():
             assert losses[i, j].item() == pytest.approx(expected.item(), rel=1e-9)
     with pytest.raises(ValueError, match=r"\(2, \d+\)"):
         scan_plane(net, plane[:, :5], {}, first=axis, second=axis)
+    # The set named "train" is the default for the statistics, and one pair is one batch.
+    named = scan_plane(net, plane, {"train": (x, y)}, first=axis.tolist(), second=axis[:2].numpy())
+    assert torch.equal(named["train"].loss, losses.flatten())
+    with pytest.raises(ValueError, match="update_bn=False"):
+        scan_plane(net, plane, {"test": (x, y)}, first=axis, second=axis)
+    kept = scan_plane(net, plane, {"test": (x, y)}, first=[0.0], second=[0.0], update_bn=False)
+    assert kept["test"].loss.item() == pytest.approx(F.cross_entropy(net.eval()(x), y).item())
+
+
+@pytest.mark.parametrize("axis", [[], [[0.0]], ["a"], [math.nan], 1.0, None, [1j]])
+def test_axes_of_a_scan_are_checked(axis):
+    net = nn.Linear(2, 3)
+    scan = inspect.unwrap(scan_plane)
+    with pytest.raises(ValueError, match="second must be a vector of"):
+        scan(
+            net, random_plane(net), {"train": (torch.ones(2, 2), torch.arange(2))},
+            first=[0.0], second=axis,
+        )  # fmt: skip

@@ -162,7 +162,8 @@ class LossOperator(ABC):
         self.loss_fn = loss_fn
         self.params = select_parameters(model, params)
         self.layout = ParameterLayout.over(self.params)
-        self.single = isinstance(data, tuple) and len(data) == 2
+        tensors = isinstance(data, list) and len(data) == 2 and isinstance(data[0], Tensor)
+        self.single = (isinstance(data, tuple) and len(data) == 2) or tensors
         self._data: Iterable[Batch] = [data] if self.single else data  # type: ignore[list-item]
         self._known_twice = False
 
@@ -266,7 +267,10 @@ class LossOperator(ABC):
             total = n * flat if total is None else total.add_(flat, alpha=n)
             samples += n
         if total is None:
-            raise ValueError("data is empty")
+            raise ValueError(
+                "data yields no samples: expected a pair (inputs, targets), or an iterable of such "
+                "that can be read again for each product, not an iterator"
+            )
         return total / samples
 
     @staticmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from assay.functional.parameters import ParameterLayout
 from assay.functional.training import Record, fit
-from assay.landscape.evaluation import Batches, Evaluation, evaluate
+from assay.landscape.evaluation import Batches, Evaluation, as_batches, evaluate
 from assay.optim.lr_scheduler import HoldDecayLR
 
 Endpoint = nn.Module | Mapping[str, Tensor]
@@ -290,7 +290,7 @@ def fit_curve(
     lr: float,
     weight_decay: float = 0.0,
     momentum: float = 0.9,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
 ) -> list[Record]:
     """Train the inner points of a curve: minimise the mean of loss(φ(t)) over t ~ U(0, 1).
 
@@ -300,7 +300,7 @@ def fit_curve(
 
     Args:
         curve: trained in place.
-        batches: yields `(x, y)`; iterated once an epoch.
+        batches: yields `(x, y)`, or is one pair `(x, y)`; iterated once an epoch.
         epochs: number of epochs.
         lr: learning rate of the first half.
         weight_decay: that of the endpoints' training is the natural choice.
@@ -311,7 +311,7 @@ def fit_curve(
         One record an epoch, `{"epoch": ..., "loss": ...}`.
 
     Raises:
-        ValueError: if `epochs` is below 1 or `batches` yields nothing.
+        ValueError: if `epochs` is below 1, or `batches` yields nothing or holds no pairs `(x, y)`.
 
     Example:
         >>> import torch
@@ -331,7 +331,7 @@ def fit_curve(
     return fit(
         curve,
         optimizer,
-        batches,
+        as_batches(batches),
         epochs=epochs,
         loss_fn=loss_fn,
         scheduler=HoldDecayLR(optimizer, total_steps=epochs),
@@ -410,7 +410,7 @@ def evaluate_curve(
     batches: Mapping[str, Batches],
     *,
     num_points: int = 61,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
     chunk_size: int = 8,
     update_bn: bool = True,
     bn_batches: Iterable[object] | None = None,
@@ -422,8 +422,8 @@ def evaluate_curve(
 
     Args:
         curve: left as it was.
-        batches: batches `(x, y)` by the name of the set; iterated several times, without shuffling
-            best.
+        batches: batches `(x, y)`, or one pair `(x, y)`, by the name of the set; iterated several
+            times, without shuffling best.
         num_points: T, the ends included; the paper's is 61.
         loss_fn: `(output, target) -> scalar`, a mean over the batch.
         chunk_size: points at once, as for `evaluate`.
@@ -472,7 +472,7 @@ def evaluate_curve(
         loss_fn=loss_fn,
         chunk_size=chunk_size,
         update_bn=update_bn,
-        bn_batches=batches.get("train") if bn_batches is None else bn_batches,
+        bn_batches=bn_batches,
     )
     return CurveEvaluation(t, torch.stack(squared_norms), torch.stack(distances), sets)
 
@@ -483,7 +483,7 @@ def linear_barrier(
     batches: Batches,
     *,
     num_points: int = 21,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
     model: nn.Module | None = None,
     update_bn: bool = True,
     bn_batches: Iterable[object] | None = None,
@@ -493,7 +493,7 @@ def linear_barrier(
     Args:
         first: a network, as module or state dict.
         second: another of the same architecture.
-        batches: the data `(x, y)` of the loss, iterated several times.
+        batches: the data of the loss, batches `(x, y)` or one pair; iterated several times.
         num_points: points on the line, ends included.
         loss_fn: `(output, target) -> scalar`, a mean over the batch.
         model: the architecture, needed if both networks are state dicts.
@@ -505,7 +505,7 @@ def linear_barrier(
 
     Raises:
         ValueError: if the networks do not match (the message names the first tensor that differs),
-            `num_points < 2`, or `batches` yields nothing.
+            `num_points < 2`, or `batches` yields nothing or holds no pairs `(x, y)`.
 
     Example:
         >>> import torch
@@ -521,6 +521,7 @@ def linear_barrier(
     """
     # A chain that has not been trained yet is the straight line.
     line = PolyChain([first, second], model=model)
+    batches = as_batches(batches)
     along = evaluate_curve(
         line,
         {"line": batches},

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from assay.landscape.evaluation import logits_of
+
 
 class FGE:
     r"""An ensemble of snapshots of one network under a cyclical learning rate.
@@ -17,7 +19,8 @@ class FGE:
     softmax probabilities of the members (not their logits, whose mean is another distribution).
 
     Args:
-        model: the network in training; `collect` reads it, and it computes the predictions.
+        model: the network in training; `collect` reads it, and it computes the predictions: it
+            returns logits `(N, C, ...)`.
 
     Example:
         >>> import torch
@@ -68,7 +71,8 @@ class FGE:
             Probabilities `(members, N, C, ...)`.
 
         Raises:
-            ValueError: if nothing has been collected.
+            ValueError: if nothing has been collected, or the model's output has no classes.
+            TypeError: if the model does not return a tensor.
         """
         if not self.members:
             raise ValueError("the ensemble is empty: collect() a member first")
@@ -77,7 +81,8 @@ class FGE:
             probabilities = []
             for member in self.members:
                 network.load_state_dict(member)
-                probabilities.append(network(*inputs).softmax(dim=1))
+                logits = logits_of(network(*inputs), user="FGE")
+                probabilities.append(logits.softmax(dim=1))
         return torch.stack(probabilities)
 
     def predict_proba(self, *inputs: object) -> Float[Tensor, "n ..."]:
@@ -90,7 +95,8 @@ class FGE:
             Probabilities `(N, C, ...)`, which sum to 1 over the classes.
 
         Raises:
-            ValueError: if nothing has been collected.
+            ValueError: if nothing has been collected, or the model's output has no classes.
+            TypeError: if the model does not return a tensor.
         """
         return self.member_probabilities(*inputs).mean(dim=0)
 

@@ -1,7 +1,9 @@
 """Patterns planted in loss surfaces, or found there (Czarnecki et al.; Skorokhodov and Burtsev)."""
 
+import contextlib
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,26 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from assay.functional import (
     ParameterLayout,
     bisect,
     bracket,
+    call_with_vector,
     filter_normalize,
     parameters_to_vector,
     random_direction,
 )
-from assay.landscape.evaluation import Batches, Evaluation
+from assay.landscape.evaluation import Batches, Evaluation, logits_of
 from assay.landscape.span import evaluate_span, layers_at_the_input, span_outputs
 
-Pattern = Callable[[Tensor], Tensor]
+Pattern = Callable[[Tensor], Any]  # from points (m, z) to losses (m,), as tensor or array
 
 KNOT_SPREAD = 8.0  # slope of the random features: how fine a pattern they can follow
 RIDGE = 1e-10  # relative to the largest singular value of the features
+Axis = Tensor | np.ndarray | Sequence[float]
+CELLS = {"#": 1, ".": -1, " ": 0}  # of a mask in text: good, bad, ignored
 
 
 # -- the loss of a constant prediction ---------------------------------------------------------
@@ -74,7 +80,11 @@ class LogitLoss:
             labels: class indices `(N,)`.
             classes: number of classes C.
             logit: the class k.
+
+        Raises:
+            ValueError: if `labels` are no class indices, or there are none.
         """
+        labels = _class_indices(labels, classes)
         marginal = torch.bincount(labels, minlength=classes).double() / len(labels)
         zeros = torch.zeros(classes, classes, dtype=torch.float64)
         return cls(zeros, torch.arange(classes), marginal, logit)
@@ -118,8 +128,10 @@ class LogitLoss:
             values: losses to be had.
 
         Raises:
-            ValueError: if one of them is below the minimum; the message gives it.
+            ValueError: if one of them is not finite, or below the minimum; the message gives it.
         """
+        if not bool(values.isfinite().all()):
+            raise ValueError("values must be finite, got NaN or infinity among them")
         at, least = self.minimum()
         if float(values.min()) < least:
             raise ValueError(
@@ -135,6 +147,19 @@ class LogitLoss:
         return bisect(excess, start, upper, max_iter=100).point
 
 
+def _class_indices(labels: object, classes: int) -> Tensor:
+    """Labels `(n,)` on the CPU, which must be class indices."""
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels) == 0:
+        found = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
+        raise ValueError(f"labels must be a tensor of at least one class index (n,), got {found}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be class indices, integers, got {labels.dtype}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must be in 0…{classes - 1}, got some from {low} to {high}")
+    return labels.long().cpu()
+
+
 # -- patterns by construction ------------------------------------------------------------------
 
 
@@ -147,7 +172,8 @@ class PlantedPattern:
     Args:
         model: the model, with the weights of the origin.
         directions: `(z, P)`, each one entry of a bias.
-        sup_error: largest |L − T| on a dense check off the fitting points.
+        sup_error: largest |L − T| on a dense check off the fitting points, L being the loss of what
+            the model itself says there in evaluation mode.
         loss: the exact relation between the planted logit and the loss.
         planted: the logit c(h) that the weights realise, as a function of `(m, z)`.
 
@@ -172,11 +198,12 @@ class PlantedPattern:
 def embed_pattern(
     model: nn.Module,
     pattern: Pattern,
-    labels: Int[Tensor, " n"],
+    labels: Tensor,
     *,
     z: int = 2,
     logit: int = 0,
     tries: int = 3,
+    inputs: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> PlantedPattern:
     """Write weights into a ReLU net so that its loss surface shows any pattern one likes.
@@ -189,20 +216,26 @@ def embed_pattern(
     Args:
         model: a feed-forward ReLU net of at least two hidden `nn.Linear` layers with bias, e.g.
             `nn.Sequential`; its weights are overwritten. The last hidden layer's width sets how
-            well the pattern is met.
+            well the pattern is met. Its forward pass must be the chain of its linear layers, each
+            used once, with ReLU between and nothing after: that is tried out with random weights.
         pattern: T: points `(m, z)` of the unit cube to losses `(m,)`, in nats.
-        labels: of the data whose mean cross-entropy is meant.
+        labels: class indices `(n,)` of the data whose mean cross-entropy is meant.
         z: number of dimensions.
         logit: the class whose logit carries the pattern.
         tries: draws of the random features, of which the best is kept.
+        inputs: a few of the model's inputs, to run it on; default random `(4, in_features)`.
         generator: source of the random features.
 
     Returns:
         The weights' directions and how well the pattern is met.
 
     Raises:
-        ValueError: if the model is no such net, a layer is narrower than z, or the pattern asks for
-            less loss than a constant prediction can have.
+        ValueError: if the model or its forward pass is no such net, a layer is narrower than z, two
+            layers share a parameter, or it does not run on the inputs; if `labels` are empty or no
+            class indices; if the pattern does not give one finite loss a point, or asks for less
+            loss than a constant prediction can have; if `z` or `tries` is below 1. A model that is
+            refused keeps its weights.
+        TypeError: if `pattern` is not callable, or the model does not return a tensor.
 
     Example:
         >>> import torch
@@ -218,12 +251,17 @@ def embed_pattern(
         Czarnecki, Osindero, Pascanu, Jaderberg, "A Deep Neural Network's Loss Surface Contains
         Every Low-dimensional Pattern", 2019, arXiv:1912.07559.
     """
-    layers = _relu_layers(model, z)
+    layers, inputs = _relu_chain(model, z, inputs)
     sigma = LogitLoss.constant(labels, classes=layers[-1].out_features, logit=logit)
     planted = _write_pattern(layers, sigma, pattern, z, tries, generator)
     directions = _bias_directions(model, layers[0], z)
-    error = _sup_error(pattern, sigma, planted, z, generator)
-    return PlantedPattern(model, directions, error, sigma, planted)
+
+    def losses(logits: Tensor) -> Tensor:  # one prediction a row, the labels' marginal for each
+        return logits.logsumexp(1) - logits @ sigma.weights
+
+    dense = _dense_error(model, layers[0], inputs, losses, pattern, z, generator)
+    direct = _direct_error(model, directions, inputs, losses, pattern)
+    return PlantedPattern(model, directions, max(dense, direct), sigma, planted)
 
 
 class PatternBeside(nn.Module):
@@ -250,14 +288,15 @@ class PatternBeside(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The sum of both outputs."""
-        return self.trained(x) + self.beside(x.flatten(1))
+        first = next(self.beside.parameters(), x)
+        return self.trained(x) + self.beside(x.flatten(1).to(first.dtype))
 
 
 def embed_pattern_beside(
     trained: nn.Module,
     pattern: Pattern,
     x: Tensor,
-    labels: Int[Tensor, " n"],
+    labels: Tensor,
     *,
     width: int = 1024,
     z: int = 2,
@@ -286,7 +325,10 @@ def embed_pattern_beside(
         A `PatternBeside` with its directions.
 
     Raises:
-        ValueError: if the pattern asks for less loss than min σ*.
+        ValueError: if the pattern does not give one finite loss a point, or asks for less loss than
+            min σ*; if `x` is empty, `labels` are no class indices or not as many, or the output is
+            not `(N, C)`; if `z`, `tries` or `width` is too small.
+        TypeError: if `pattern` is not callable, or the model does not return a tensor.
 
     Example:
         >>> import torch
@@ -300,41 +342,161 @@ def embed_pattern_beside(
         Czarnecki, Osindero, Pascanu, Jaderberg, 2019, arXiv:1912.07559, theorem 2, whose own
         construction may differ.
     """
-    was_training = trained.training
-    trained.eval()
-    with torch.no_grad():
-        logits = trained(x).double()
-    trained.train(was_training)
+    if len(x) == 0:
+        raise ValueError("x is empty: expected at least one input")
+    if width < z:
+        raise ValueError(f"width must be at least z = {z}, got {width}")
+    with _evaluating(trained), torch.no_grad():
+        said = logits_of(trained(x), user="embed_pattern_beside")
+    if said.ndim != 2 or len(said) != len(x):
+        raise ValueError(
+            f"the model must return logits ({len(x)}, C), it returns shape {tuple(said.shape)}"
+        )
+    logits = said.double().cpu()
+    labels = _class_indices(labels, logits.shape[1])
+    if len(labels) != len(x):
+        raise ValueError(f"labels must be as many as x, {len(x)}, got {len(labels)}")
     share = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
-    sigma = LogitLoss(logits.cpu(), labels.cpu(), share, logit)
-    first = next(trained.parameters())
+    sigma = LogitLoss(logits, labels, share, logit)
+    first = next(trained.parameters(), said)
     sizes = (x[0].numel(), z, width, logits.shape[1])
     beside = nn.Sequential(
         nn.Linear(sizes[0], z), nn.ReLU(), nn.Linear(z, width), nn.ReLU(),
         nn.Linear(width, sizes[3]),
     ).to(first)  # fmt: skip
     model = PatternBeside(trained, beside)
-    layers = _relu_layers(beside, z)
+    layers, inputs = _relu_chain(beside, z, None)
     planted = _write_pattern(layers, sigma, pattern, z, tries, generator)
     directions = _bias_directions(model, layers[0], z)
-    error = _sup_error(pattern, sigma, planted, z, generator)
-    return PlantedPattern(model, directions, error, sigma, planted)
+
+    def losses(added: Tensor) -> Tensor:
+        return sigma(added[:, logit])
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+    dense = _dense_error(beside, layers[0], inputs, losses, pattern, z, generator)
+    direct = _direct_error(model, directions, x, loss, pattern)
+    return PlantedPattern(model, directions, max(dense, direct), sigma, planted)
 
 
-def _relu_layers(model: nn.Module, z: int) -> list[nn.Linear]:
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _relu_chain(model: nn.Module, z: int, inputs: Tensor | None) -> tuple[list[nn.Linear], Tensor]:
+    """The linear layers in the order in which they run, and inputs that the model takes.
+
+    That the forward pass is Linear, ReLU, ..., Linear is seen from what it makes of random weights:
+    modules tell nothing of functions that a forward method calls.
+    """
     leaves = [m for m in model.modules() if not list(m.children())]
     allowed = (nn.Linear, nn.ReLU, nn.Flatten, nn.Identity)
-    layers = [m for m in leaves if isinstance(m, nn.Linear)]
     strange = [type(m).__name__ for m in leaves if not isinstance(m, allowed)]
-    if strange or len(layers) < 3:
+    known = [m for m in leaves if isinstance(m, nn.Linear)]
+    if strange or len(known) < 3:
         raise ValueError(
             "a pattern is embedded in a feed-forward net of Linear and ReLU with at least two "
-            f"hidden layers, got {len(layers)} Linear layers and {strange or 'ReLU'}"
+            f"hidden layers, got {len(known)} Linear layers and {strange or 'ReLU'}"
+        )
+    weights = _random_weights(model)
+    layers, seen, inputs, output = _trial(model, known, weights, inputs)
+    if len(set(layers)) < len(layers) or len(layers) < 3:
+        raise ValueError(
+            "a pattern is embedded in a net of at least three Linear layers that runs each of them "
+            f"once, the forward pass of {type(model).__name__} runs {len(set(layers))} of them in "
+            f"{len(layers)} calls"
         )
     narrow = [layer.out_features for layer in layers[:-1] if layer.out_features < z]
-    if narrow or any(layer.bias is None for layer in layers):
-        raise ValueError(f"every layer needs a bias and at least z = {z} units")
-    return layers
+    if z < 1 or narrow or any(layer.bias is None for layer in layers):
+        raise ValueError(
+            f"z must be at least 1, every layer needs a bias and at least z = {z} units"
+        )
+    owners = {id(p) for layer in layers for p in layer.parameters()}
+    if len(owners) < 2 * len(layers):
+        raise ValueError("a pattern cannot be embedded where two layers share a parameter")
+    names = {id(module): name for name, module in model.named_modules()}
+    with torch.no_grad():
+        expected = seen
+        for layer in layers:
+            own = {kind: weights[f"{names[id(layer)]}.{kind}"] for kind in ("weight", "bias")}
+            expected = F.linear(expected, own["weight"], own["bias"])
+            expected = expected if layer is layers[-1] else expected.relu()
+    if output.shape != (len(inputs), layers[-1].out_features):
+        raise ValueError(
+            f"the model must return logits ({len(inputs)}, {layers[-1].out_features}) for "
+            f"{len(inputs)} inputs, it returns shape {tuple(output.shape)}"
+        )
+    difference = float((output - expected).abs().max() / expected.abs().max())
+    if not difference < torch.finfo(expected.dtype).eps ** 0.5:
+        raise ValueError(
+            f"the forward pass of {type(model).__name__} is not Linear, ReLU, ..., Linear (but has "
+            "another activation, a residual connection, dropout, a scaled output?): with random "
+            f"weights it differs from that chain of its layers by {difference:.2g} of its size"
+        )
+    return layers, inputs
+
+
+def _random_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights with which every layer's units are of size 1, by name."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, p in model.named_parameters():
+        drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        scale = (2 / p.shape[-1]) ** 0.5 if p.ndim == 2 else 0.5
+        weights[name] = (scale * drawn).to(p)
+    return weights
+
+
+@torch.no_grad()
+def _trial(
+    model: nn.Module,
+    known: Sequence[nn.Linear],
+    weights: Mapping[str, Tensor],
+    inputs: Tensor | None,
+) -> tuple[list[nn.Linear], Tensor, Tensor, Tensor]:
+    """A pass with other weights: the layers called, what the first one got, inputs and output."""
+    generator = torch.Generator().manual_seed(1)
+    first = known[0].weight
+    candidates = [inputs] if inputs is not None else [
+        torch.randn(4, width, generator=generator, dtype=torch.float64).to(first)
+        for width in dict.fromkeys(layer.in_features for layer in known)
+    ]  # fmt: skip
+    calls: list[tuple[nn.Linear, Tensor]] = []
+    refusal: Exception | None = None
+
+    def note(layer: Any, args: tuple[Any, ...]) -> None:
+        calls.append((layer, args[0]))
+
+    handles = [layer.register_forward_pre_hook(note) for layer in known]
+    try:
+        for candidate in candidates:
+            calls.clear()
+            try:
+                with _evaluating(model):
+                    output = torch.func.functional_call(model, dict(weights), (candidate,))
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                refusal = refusal or error
+                continue
+            if not calls:
+                raise ValueError("the forward pass calls none of the model's Linear layers")
+            layers = [layer for layer, _ in calls]
+            return layers, calls[0][1], candidate, logits_of(output, user="embed_pattern")
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise ValueError(
+        f"{type(model).__name__} does not run on inputs of shape "
+        f"{' or '.join(str(tuple(c.shape)) for c in candidates)}: give a few as inputs= ({refusal})"
+    ) from refusal
 
 
 @torch.no_grad()
@@ -346,17 +508,24 @@ def _write_pattern(
     tries: int,
     generator: torch.Generator | None,
 ) -> Callable[[Tensor], Tensor]:
+    if tries < 1:
+        raise ValueError(f"tries must be at least 1, got {tries}")
     *passing, features, output = layers
+    h = _cube(max(4 * features.out_features, 2048), z, generator)
+    target = sigma.inverse(_losses_of(pattern, h))
+    fits = [_fit_features(features, h, target, generator) for _ in range(tries)]
+    slopes, knots, solution, _ = min(fits, key=lambda fit: fit[3])
+    if not bool(solution.to(output.weight.dtype).isfinite().all()):
+        raise ValueError(
+            f"the weights that fit the pattern overflow {output.weight.dtype}: use a model in "
+            "float32 or float64"
+        )
     for layer in layers:
         layer.weight.zero_()
         layer.bias.zero_()
     for layer in passing[1:]:
         # h ≥ 0 passes a ReLU unchanged.
         layer.weight[:z, :z] = torch.eye(z)
-    h = _cube(max(4 * features.out_features, 2048), z, generator)
-    target = sigma.inverse(pattern(h).double())
-    fits = [_fit_features(features, h, target, generator) for _ in range(tries)]
-    slopes, knots, solution, _ = min(fits, key=lambda fit: fit[3])
     features.weight[:, :z] = slopes.to(features.weight)
     features.bias.copy_(knots)
     output.weight[sigma.logit] = solution[:-1].to(output.weight)
@@ -369,6 +538,30 @@ def _write_pattern(
         return hidden @ written[0] + written[1]
 
     return planted
+
+
+def _losses_of(pattern: object, h: Tensor) -> Tensor:
+    """The losses that a pattern asks for at points of the cube, checked."""
+    if not callable(pattern):
+        raise TypeError(
+            f"pattern must be a function of points (m, z), got {type(pattern).__name__}"
+        )
+    losses: Any = pattern(h)
+    losses = torch.from_numpy(losses) if isinstance(losses, np.ndarray) else losses
+    if not isinstance(losses, Tensor) or losses.shape != (len(h),):
+        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"pattern must return one loss a point, ({len(h)},) for points {tuple(h.shape)}, got "
+            f"{found}"
+        )
+    bad = ~losses.isfinite()
+    if bool(bad.any()):
+        where = int(bad.int().argmax())
+        raise ValueError(
+            f"pattern must be finite on the unit cube, got {float(losses[where])} at "
+            f"h = {h[where].tolist()}"
+        )
+    return losses.detach().double().cpu()
 
 
 def _fit_features(
@@ -401,19 +594,57 @@ def _sobol(points: int, z: int, generator: torch.Generator | None) -> Tensor:
     return (torch.quasirandom.SobolEngine(z).draw(points, dtype=torch.float64) + shift) % 1
 
 
-def _sup_error(
+@torch.no_grad()
+def _dense_error(
+    net: nn.Module,
+    first: nn.Linear,
+    inputs: Tensor,
+    losses: Callable[[Tensor], Tensor],
     pattern: Pattern,
-    sigma: LogitLoss,
-    planted: Callable[[Tensor], Tensor],
     z: int,
     generator: torch.Generator | None,
 ) -> float:
+    """Largest |L − T| on many points, each a row of a batch of inputs through the net.
+
+    The first layer's bias is moved by h in each row on its own; its weights are zero.
+    """
     h = _cube({1: 10_001, 2: 40_000}.get(z, 60_000), z, generator)
-    worst = 0.0
-    for part in h.split(4096):
-        error = sigma(planted(part)) - pattern(part).double()
-        worst = max(worst, float(error.abs().max()))
-    return worst
+    moves: Tensor = h[:0]
+
+    def move(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        return output + F.pad(moves, (0, output.shape[1] - z)).to(output)
+
+    worst = torch.zeros((), dtype=torch.float64)
+    handle = first.register_forward_hook(move)
+    try:
+        with _evaluating(net):
+            for moves in h.split(4096):
+                rows = inputs[torch.arange(len(moves)) % len(inputs)]
+                error = losses(net(rows).double().cpu()) - _losses_of(pattern, moves)
+                worst = torch.maximum(worst, error.abs().max())
+    finally:
+        handle.remove()
+    return float(worst.nan_to_num(nan=math.inf))
+
+
+@torch.no_grad()
+def _direct_error(
+    model: nn.Module,
+    directions: Tensor,
+    x: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    pattern: Pattern,
+) -> float:
+    """Largest |L − T| on a few points, at the very weights origin + Σ h_i direction_i."""
+    h = _cube(8, len(directions), torch.Generator().manual_seed(0))[:8]
+    origin = parameters_to_vector(model)
+    worst = torch.zeros((), dtype=torch.float64)
+    with _evaluating(model):
+        for point, wanted in zip(h, _losses_of(pattern, h), strict=True):
+            vector = origin + point.to(origin) @ directions
+            error = loss(call_with_vector(model, vector, x).double().cpu()) - wanted
+            worst = torch.maximum(worst, error.abs().max())
+    return float(worst.nan_to_num(nan=math.inf))
 
 
 def _bias_directions(model: nn.Module, first: nn.Linear, z: int) -> Tensor:
@@ -442,16 +673,21 @@ def load_mask(source: object) -> np.ndarray:
 
     Raises:
         ValueError: if it is not two-dimensional, holds other values, or lacks good or bad cells.
+        FileNotFoundError: if there is no file at the path.
 
     Example:
         >>> from assay.landscape import load_mask
         >>> load_mask("#.\n.#").tolist()
         [[1, -1], [-1, 1]]
     """
-    if isinstance(source, str) and ("\n" in source or not Path(source).exists()):
+    if isinstance(source, str) and ("\n" in source or not set(source) - set(CELLS)):
         mask = _parse_mask(source)
     elif isinstance(source, str | Path):
         path = Path(source)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"there is no file {str(source)!r} (and as text a mask has only '#', '.' and ' ')"
+            )
         text = path.suffix != ".npy"
         mask = _parse_mask(path.read_text()) if text else np.load(path, allow_pickle=False)
     else:
@@ -465,11 +701,10 @@ def load_mask(source: object) -> np.ndarray:
 
 def _parse_mask(text: str) -> np.ndarray:
     rows = [line for line in text.splitlines() if line]
-    if not rows or set("".join(rows)) - set("#. "):
+    if not rows or set("".join(rows)) - set(CELLS):
         raise ValueError("a mask in text has only '#' (good), '.' (bad) and ' ' (ignored)")
     width = max(map(len, rows))
-    cells = {"#": 1, ".": -1, " ": 0}
-    return np.array([[cells[c] for c in row.ljust(width)] for row in rows])
+    return np.array([[CELLS[c] for c in row.ljust(width)] for row in rows])
 
 
 class PlaneModel(nn.Module):
@@ -478,8 +713,12 @@ class PlaneModel(nn.Module):
     O, R and U are three weight vectors; r = R − O, and u is U made orthogonal to r (in float64) and
     as long. Rows of the mask run along −u (row 0 is on top), columns along r, its centre is O.
 
+    Models with recurrent layers, and in training mode those with BatchNorm, run at one point after
+    the other. The running statistics of a norm are at no point those of the network there: after
+    `export`, recompute them (`assay.functional.update_bn`).
+
     Args:
-        models: three initialisations of one architecture: origin, right, up. The first also
+        models: three initialisations of one architecture: origin, right, up. A copy of the first
             provides the forward pass.
         scale: initial s, learned.
         orthogonal: whether u is made orthogonal to r and of its length.
@@ -513,7 +752,7 @@ class PlaneModel(nn.Module):
         self.orthogonal = orthogonal
         self.layout = ParameterLayout.of(models[0])
         # Not a sub-module: its parameters are not trained and belong to no state_dict.
-        object.__setattr__(self, "_template", models[0])
+        object.__setattr__(self, "_template", copy.deepcopy(models[0]))
         self._shared: list[str] | None = None
 
     def axes(self) -> tuple[Tensor, Tensor]:
@@ -556,8 +795,21 @@ class PlaneModel(nn.Module):
         beta = torch.arange(columns) - (columns - 1) / 2
         return torch.stack(torch.meshgrid(alpha, beta, indexing="ij"), dim=-1).to(self.origin)
 
-    def forward(self, x: Tensor, coordinates: Float[Tensor, "k 2"]) -> Tensor:
-        """Outputs at K points, `(K, N, ...)`, in one batched pass."""
+    def forward(self, x: Tensor, coordinates: Float[Tensor, "k 2"]) -> Any:
+        """Outputs at K points, `(K, N, ...)`, in one batched pass if possible.
+
+        Args:
+            x: inputs `(N, ...)`.
+            coordinates: (α, β) of the points.
+
+        Returns:
+            A tensor, or if the model returns a structure of tensors, the same of stacked ones.
+
+        Raises:
+            ValueError: if there are no points.
+        """
+        if len(coordinates) == 0:
+            raise ValueError("coordinates is empty: expected at least one point (α, β)")
         template: Any = self._template
         template.train(self.training)
         if self._shared is None:
@@ -565,13 +817,25 @@ class PlaneModel(nn.Module):
         basis = self._basis()
         tensors = self.layout.unflatten(torch.stack(basis), aliases=True)
         c = self._coefficients(coordinates, *basis[1:])
-        return span_outputs(template, tensors, c, x, self._shared)
+        outputs = span_outputs(template, tensors, c, x, self._shared)
+        if isinstance(outputs, list):
+            return pytree.tree_map(lambda *at: _stacked(at), *outputs)
+        return outputs
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PlaneModel":
+        template: Any = self._template
+        template._apply(fn, recurse)  # no sub-module: its buffers would stay behind
+        return super()._apply(fn, recurse)
 
     def export(self, alpha: float, beta: float) -> Mapping[str, Tensor]:
         """The parameters at (α, β), by name, for `load_state_dict(..., strict=False)`."""
         with torch.no_grad():
             vector = self.weights(torch.tensor([[alpha, beta]]))[0]
         return {name: t.clone() for name, t in self.layout.unflatten(vector).items()}
+
+
+def _stacked(values: Sequence[Any]) -> Any:
+    return torch.stack(list(values)) if isinstance(values[0], Tensor) else values[0]
 
 
 class _Products(torch.autograd.Function):
@@ -665,10 +929,11 @@ def scan_plane(
     directions: Float[Tensor, "2 p"],
     batches: Mapping[str, Batches],
     *,
-    first: Tensor,
-    second: Tensor,
+    first: Axis,
+    second: Axis,
     origin: Tensor | None = None,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
+    update_bn: bool = True,
     bn_batches: Iterable[object] | None = None,
     chunk_size: int = 64,
 ) -> dict[str, Evaluation]:
@@ -680,19 +945,21 @@ def scan_plane(
     Args:
         model: left as it was.
         directions: d₁ and d₂.
-        batches: data by name.
-        first: values of a, `(A,)`.
+        batches: batches `(x, y)`, or one pair `(x, y)`, by the name of the set.
+        first: values of a, `(A,)`, a tensor, array or list of numbers.
         second: values of b, `(B,)`.
         origin: `(P,)`; default the model's weights.
         loss_fn: `(output, target) -> scalar`.
-        bn_batches: data for running statistics, if the model has any.
+        update_bn: whether to recompute running statistics at each point.
+        bn_batches: the data to take them of; default the set named `"train"`.
         chunk_size: weight vectors at a time.
 
     Returns:
         For each set an `Evaluation` with A · B entries, b running fastest: `.loss.view(A, B)`.
 
     Raises:
-        ValueError: if `directions` is not `(2, P)`.
+        ValueError: if `directions` is not `(2, P)`, `first` or `second` is no vector of finite
+            numbers or empty, or what `evaluate` raises.
 
     Example:
         >>> import torch
@@ -709,10 +976,22 @@ def scan_plane(
         raise ValueError(
             f"directions must have shape (2, {len(start)}), got {tuple(directions.shape)}"
         )
-    a, b = torch.meshgrid(first.to(start), second.to(start), indexing="ij")
+    axes = _axis("first", first).to(start), _axis("second", second).to(start)
+    a, b = torch.meshgrid(*axes, indexing="ij")
     coefficients = torch.stack([torch.ones_like(a), a, b], dim=-1).flatten(0, 1)
     basis = torch.cat([start[None], directions.to(start)])
     return evaluate_span(
         model, basis, coefficients, batches,
-        loss_fn=loss_fn, bn_batches=bn_batches, chunk_size=chunk_size,
+        loss_fn=loss_fn, update_bn=update_bn, bn_batches=bn_batches, chunk_size=chunk_size,
     )  # fmt: skip
+
+
+def _axis(name: str, values: object) -> Tensor:
+    """Values along a direction of a plane."""
+    try:
+        axis = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a vector of numbers, got {values!r}") from error
+    if axis.ndim != 1 or len(axis) == 0 or axis.is_complex() or not bool(axis.isfinite().all()):
+        raise ValueError(f"{name} must be a vector of finite numbers, at least one, got {values!r}")
+    return axis

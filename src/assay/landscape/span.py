@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from assay.functional import ParameterLayout, plain_attention, running_norms
 from assay.functional.ensemble import plain_layers, run_chain
-from assay.landscape.evaluation import Batches, Evaluation, Totals, evaluate
+from assay.landscape.evaluation import (
+    Batches,
+    Evaluation,
+    Outputs,
+    Totals,
+    as_batches,
+    at_points,
+    evaluate,
+    joined,
+    pair_of,
+)
 
 CPU_SAMPLES = 8_192  # points times samples at once: beyond, activations leave the cache
 
@@ -24,8 +34,9 @@ def evaluate_span(
     coefficients: Float[Tensor, "k b"],
     batches: Mapping[str, Batches],
     *,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
     chunk_size: int = 64,
+    update_bn: bool = True,
     bn_batches: Iterable[object] | None = None,
 ) -> dict[str, Evaluation]:
     """`evaluate` at K combinations of a few weight vectors, such as the points of a plane.
@@ -35,15 +46,16 @@ def evaluate_span(
     times instead of K times. That is most of the work in small nets.
 
     Args:
-        model: its forward takes one tensor.
+        model: its forward takes one tensor; what it returns is up to `loss_fn`.
         basis: B weight vectors, or directions, in the order of
             `assay.functional.parameters_to_vector`.
         coefficients: the points are `coefficients @ basis`.
-        batches: batches `(x, y)` by the name of the set.
+        batches: batches `(x, y)`, or one pair `(x, y)`, by the name of the set.
         loss_fn: `(output, target) -> scalar`, a mean over the batch.
         chunk_size: points at a time at most.
-        bn_batches: the data to take running statistics of, if the model has any; it is then
-            evaluated point by point.
+        update_bn: whether to recompute running statistics at each point; a model that has any is
+            then evaluated point by point.
+        bn_batches: the data to take them of; default the set named `"train"`.
 
     Returns:
         An `Evaluation` for each set, in the order of `coefficients`; equal to that of `evaluate` up
@@ -64,16 +76,19 @@ def evaluate_span(
         tensor([0.], dtype=torch.float64)
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    if running_norms(model) or recurrent:
-        points = (row @ basis for row in coefficients)
-        return evaluate(model, points, batches, loss_fn=loss_fn, bn_batches=bn_batches)
     if len(coefficients) == 0:
         raise ValueError("coefficients is empty: expected at least one point")
+    if (update_bn and running_norms(model)) or recurrent:
+        points = (row @ basis for row in coefficients)
+        return evaluate(
+            model, points, batches, loss_fn=loss_fn, update_bn=update_bn, bn_batches=bn_batches
+        )
     model = copy.deepcopy(model).eval()
     tensors = ParameterLayout.of(model).unflatten(basis, aliases=True)
     results = {}
     for name, of_set in batches.items():
         total = Totals(loss_fn)
+        of_set = as_batches(of_set)
         total.add(_outputs(model, tensors, coefficients.to(basis), of_set, chunk_size))
         results[name] = total.evaluation()
     return results
@@ -85,10 +100,10 @@ def _outputs(
     coefficients: Tensor,
     batches: Batches,
     chunk_size: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs `(K, N, ...)` at all combinations with the targets, batch by batch."""
+) -> Iterator[tuple[Outputs, Tensor]]:
+    """Outputs at all combinations with the targets, batch by batch."""
     shared: list[str] | None = None
-    for x, y in batches:
+    for x, y in map(pair_of, batches):
         if len(x) == 0:
             continue
         x, y = x.to(coefficients.device), y.to(coefficients.device)
@@ -101,7 +116,7 @@ def _outputs(
             span_outputs(model, tensors, part, x, shared, memory)
             for part in coefficients.split(at_once)
         ]
-        yield torch.cat(parts), y
+        yield joined(parts), y
 
 
 def span_outputs(
@@ -111,25 +126,31 @@ def span_outputs(
     x: Tensor,
     shared: Sequence[str],
     memory: dict[str, Tensor] | None = None,
-) -> Tensor:
-    """Outputs at combinations of weights, `(K, N, ...)`, in one batched pass; differentiable.
+) -> Outputs:
+    """Outputs at combinations of weights, in one batched pass if possible; differentiable.
 
     Args:
-        model: any module `vmap` can run.
+        model: any module. Recurrent layers, and norms that update running statistics, which `vmap`
+            cannot run, are run at one combination after the other.
         tensors: every parameter at the B basis vectors, `(B, *shape)`, by name.
         coefficients: of the combinations.
         x: the model's input.
         shared: names from `layers_at_the_input`.
         memory: keeps what these layers answer at the basis vectors, for further calls with the same
             input and weights.
+
+    Returns:
+        `(K, N, ...)`, or a list of K outputs if the model does not return a tensor.
     """
     chain = plain_layers(model)
     if chain is not None and x.ndim >= 2:
         return _chain_outputs(chain, tensors, coefficients, x, shared, memory)
-    layers = {name: model.get_submodule(name) for name in shared}
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    at_once = not recurrent and not any(norm.training for norm in running_norms(model))
+    layers = {name: model.get_submodule(name) for name in shared if at_once}
     rest = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in layers}
 
-    def output(c: Tensor) -> Tensor:
+    def output(c: Tensor) -> Any:
         substitute = {name: torch.tensordot(c, t, dims=1) for name, t in rest.items()}
         with contextlib.ExitStack() as stack:
             for name, layer in layers.items():
@@ -137,7 +158,7 @@ def span_outputs(
             return torch.func.functional_call(model, substitute, (x,), tie_weights=False)
 
     with plain_attention():
-        return torch.func.vmap(output, randomness="different")(coefficients)
+        return at_points(output, coefficients, at_once=at_once)
 
 
 def _chain_outputs(

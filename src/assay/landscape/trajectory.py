@@ -22,8 +22,8 @@ from assay.functional import (
     select_parameters,
 )
 from assay.functional.ensemble import plain_layers, run_chain
-from assay.functional.products import Batch, Selection
-from assay.landscape.evaluation import losses_at_points
+from assay.functional.products import Selection
+from assay.landscape.evaluation import Batches, as_batches, losses_at_points, pair_of
 from assay.landscape.span import answering, layers_at_the_input, outputs_of
 
 # Weight vectors times samples that run at once: beyond, activations leave the cache.
@@ -252,7 +252,7 @@ class Flatness:
 def flatness(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
-    data: Batch | Iterable[Batch],
+    data: Batches,
     directions: Tensor,
     *,
     center: Tensor | None = None,
@@ -283,7 +283,8 @@ def flatness(
         Distances to both sides and the loss at the centre.
 
     Raises:
-        ValueError: if `level` ≤ 1, shapes do not fit, or the loss at the centre is 0 (no level
+        ValueError: if `level` ≤ 1, shapes do not fit, `data` is empty (also when it is an iterator,
+            which cannot be read again) or holds no pairs, or the loss at the centre is 0 (no level
             above it can be defined by a factor) or not finite.
 
     Example:
@@ -332,15 +333,14 @@ class _Losses:
         self,
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
-        data: Batch | Iterable[Batch],
+        data: Batches,
         params: Selection,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
         self.params = select_parameters(model, params)
         self.layout = ParameterLayout.over(self.params)
         self.dtype = next(iter(self.params.values())).dtype
-        single = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
-        self._data: Iterable[Batch] = [data] if single else data  # type: ignore[list-item]
+        self._data = as_batches(data)
         self._resting: dict[int, dict[str, Tensor]] = {}
         self._inside: dict[int, Tensor] = {}
         self._batched = not any(isinstance(module, nn.RNNBase) for module in model.modules())
@@ -361,13 +361,16 @@ class _Losses:
     def _mean(self, vectors: Tensor) -> Tensor:
         total = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
         samples = 0
-        for inputs, targets in self._data:
+        for inputs, targets in map(pair_of, self._data):
             size = max(1, SAMPLES_AT_ONCE // max(1, len(inputs)))
             parts = [self._losses(part, inputs, targets) for part in vectors.split(size)]
             total += torch.cat(parts).double() * len(inputs)
             samples += len(inputs)
         if samples == 0:
-            raise ValueError("data is empty")
+            raise ValueError(
+                "data yields no samples: expected a pair (inputs, targets), or an iterable of such "
+                "that can be read again for each distance, not an iterator"
+            )
         return total / samples
 
     def _losses(self, vectors: Tensor, inputs: Any, targets: Any) -> Tensor:
@@ -558,7 +561,7 @@ class MinibatchStatistics:
 def minibatch_statistics(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
-    batches: Iterable[Batch],
+    batches: Batches,
     directions: Tensor,
     *,
     center: Tensor | None = None,
@@ -597,7 +600,7 @@ def minibatch_statistics(
     if not step > 0:
         raise ValueError(f"step must be positive, got {step}")
     slopes, curvatures = [], []
-    for batch in batches:
+    for batch in as_batches(batches):
         line = _Losses(model, loss_fn, [batch], params)
         middle = line.weights() if center is None else center.to(line.dtype)
         moves = step * directions.to(line.dtype)
