@@ -158,7 +158,7 @@ def find_benchmarks(folder: Path) -> Iterator[Benchmark]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # process groups pickle functions by module name
         spec.loader.exec_module(module)
-        for value in vars(module).values():
+        for value in list(vars(module).values()):
             if isinstance(value, Benchmark):
                 yield value
 
