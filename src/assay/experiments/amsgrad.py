@@ -280,8 +280,8 @@ PRESETS = {
     "smoke": Config(
         theorem_1_steps=6_999,
         theorem_2_steps=2_000,
-        online_steps=500,
-        paths=8,
+        online_steps=250,
+        paths=4,
         gamma_steps=50,
         epochs=1,
         logistic_lrs=(0.03,),
