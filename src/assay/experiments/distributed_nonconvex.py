@@ -340,9 +340,9 @@ class Config:
 PRESETS = {
     "smoke": Config(
         long=2000,
-        stream_steps=200,
+        stream_steps=100,
         processes=2,
-        process_steps=10,
+        process_steps=6,
         crowds=(2, 4),
         image_steps=5,
         hidden=8,
