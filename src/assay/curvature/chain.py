@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def find_chain(output: Tensor, edges: Sequence[GradientEdge]) -> Chain | None:
     if len(places) < len(edges):
         return None
     steps: list[int | _Product | _Entrywise] = []
-    node = output.grad_fn
+    node: Any = output.grad_fn  # its saved tensors are known to no stub
     while node is not None:
         if node in places:
             steps.append(places.pop(node))
@@ -95,7 +96,7 @@ def find_chain(output: Tensor, edges: Sequence[GradientEdge]) -> Chain | None:
             scaled = getattr(node, "_saved_alpha", 1) != 1
             if inner is None or scaled or not all(map(_is_parameter, (*added, matrix))):
                 return None
-            steps.append(_Product(node._saved_mat2.detach().T))  # type: ignore[attr-defined]
+            steps.append(_Product(node._saved_mat2.detach().T))
             node = inner
         elif node.name() in _ENTRYWISE:
             top = node

@@ -158,7 +158,7 @@ class _Diagonal:
         self.total: Tensor | None = None
         self.outer: LinearUse | None = None
         if self.part is not None and isinstance(self.part.use, LinearUse):
-            use = self.part.use
+            use: Any = self.part.use
             if use.single_position and use.layout.fold == 1:
                 # (Σ_k V²)ᵀ A²: one sum over columns and one product for weight and bias.
                 self.outer = use
@@ -210,11 +210,11 @@ class _Product:
 
     def add(self, V) -> None:
         assert self.part is not None
-        use = self.part.use
+        use: Any = self.part.use
         if isinstance(use, EmbeddingUse):
             x = use.rows(V, 1).flatten(0, 1).mT.unsqueeze(1)
         else:
-            x = use.gradients(V, 1).flatten(0, 1)  # type: ignore[attr-defined]
+            x = use.gradients(V, 1).flatten(0, 1)
             if self.common.approx == "reduce":
                 x = x.sum(-1, keepdim=True)
         if self.sum is None:
@@ -234,16 +234,16 @@ class _Product:
 
     def finish(self) -> KroneckerFactors:
         assert self.part is not None
-        use = self.part.use
+        use: Any = self.part.use
         shape = tuple(self.source.parameter.shape)
         if isinstance(use, EmbeddingUse):
             a, grads_left = self._token_counts(use) / self.common.samples, False
         else:
-            grads_left = use.grads_left  # type: ignore[attr-defined]
+            grads_left = use.grads_left
             out = None
             if self.out is not None:
                 out = self.out.right if grads_left else self.out.left
-            a = use.activation_covariance(self.common.approx, out)  # type: ignore[attr-defined]
+            a = use.activation_covariance(self.common.approx, out)
         B = None if self.sum is None else self.sum.finish()
         if B is None:  # a loss without columns, such as one class
             features = math.prod(shape) // (a.shape[0] * a.shape[1])

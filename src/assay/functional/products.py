@@ -137,6 +137,53 @@ def repeatable(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(saved)
 
 
+def as_batches(data: Any) -> Iterable[Any]:
+    """Data as an iterable of batches `(inputs, targets)`: one such pair is one batch.
+
+    Args:
+        data: a pair as a tuple, or as a list that begins with a tensor; or an iterable of pairs.
+
+    Returns:
+        A list of one for a single pair, else `data` itself.
+
+    Raises:
+        ValueError: if it is neither.
+
+    Example:
+        >>> import torch
+        >>> from assay.functional.products import as_batches
+        >>> x, y = torch.ones(2, 3), torch.zeros(2)
+        >>> len(as_batches((x, y))), len(as_batches([(x, y), (x, y), (x, y)]))
+        (1, 3)
+    """
+    if isinstance(data, tuple | list):
+        if len(data) == 2 and (isinstance(data, tuple) or isinstance(data[0], Tensor)):
+            return [tuple(data)]
+        for batch in data:
+            pair_of(batch)
+    elif isinstance(data, Tensor | Mapping):
+        raise ValueError(
+            "batches must be one pair (x, y) or an iterable of such pairs, got a "
+            f"{type(data).__name__}"
+        )
+    return data
+
+
+def pair_of(batch: object) -> tuple[Any, Any]:
+    """One batch as `(inputs, targets)`.
+
+    Args:
+        batch: what an iterable of batches yields.
+
+    Raises:
+        ValueError: if it is no pair.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        found = f"{len(batch)} items" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise ValueError(f"every batch must be a pair (x, y), got {found}")
+    return batch[0], batch[1]
+
+
 class LossOperator(ABC):
     """A symmetric matrix on parameter space that belongs to a loss over data.
 
@@ -162,9 +209,8 @@ class LossOperator(ABC):
         self.loss_fn = loss_fn
         self.params = select_parameters(model, params)
         self.layout = ParameterLayout.over(self.params)
-        tensors = isinstance(data, list) and len(data) == 2 and isinstance(data[0], Tensor)
-        self.single = (isinstance(data, tuple) and len(data) == 2) or tensors
-        self._data: Iterable[Batch] = [data] if self.single else data  # type: ignore[list-item]
+        self._data = as_batches(data)
+        self.single = self._data is not data
         self._known_twice = False
 
     @property

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from assay.functional.parameters import ParameterLayout
+from assay.functional.products import as_batches
 from assay.functional.training import Record, fit
-from assay.landscape.evaluation import Batches, Evaluation, as_batches, evaluate
+from assay.landscape.evaluation import Batches, Evaluation, evaluate
 from assay.optim.lr_scheduler import HoldDecayLR
 
 Endpoint = nn.Module | Mapping[str, Tensor]

@@ -17,7 +17,7 @@ from assay.functional.batchnorm import running_norms
 from assay.functional.batchnorm import update_bn as recompute_bn
 from assay.functional.ensemble import IGNORED
 from assay.functional.parameters import ParameterLayout, call_with_vector, vector_to_parameters
-from assay.functional.products import plain_attention
+from assay.functional.products import as_batches, pair_of, plain_attention
 
 Batches = Iterable[Any]  # of pairs (x, y); or one such pair, see `as_batches`
 Outputs = Tensor | list[Any]  # at K points: stacked, or one by one if they are no tensors
@@ -25,46 +25,6 @@ Outputs = Tensor | list[Any]  # at K points: stacked, or one by one if they are 
 # On a CPU, running several weight vectors at once saves the overhead of small batches; beyond about
 # this many samples (vectors times batch) activations leave the cache, and it is slower than a loop.
 CPU_SAMPLES = 1024
-
-
-def as_batches(data: Batches) -> Batches:
-    """Data as an iterable of batches `(x, y)`: one pair of tensors is one batch.
-
-    Args:
-        data: an iterable of pairs `(x, y)`, or one such pair, as a tuple or list.
-
-    Returns:
-        A list of one for a single pair, else `data` itself.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if isinstance(data, tuple | list):
-        if len(data) == 2 and isinstance(data[0], Tensor):
-            return [tuple(data)]
-        for batch in data:
-            pair_of(batch)
-    elif isinstance(data, Tensor | Mapping):
-        raise ValueError(
-            "batches must be one pair (x, y) or an iterable of such pairs, got a "
-            f"{type(data).__name__}"
-        )
-    return data
-
-
-def pair_of(batch: object) -> tuple[Any, Any]:
-    """One batch as `(x, y)`.
-
-    Args:
-        batch: what an iterable of batches yields.
-
-    Raises:
-        ValueError: if it is no pair.
-    """
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        found = f"{len(batch)} items" if isinstance(batch, tuple | list) else type(batch).__name__
-        raise ValueError(f"every batch must be a pair (x, y), got {found}")
-    return batch[0], batch[1]
 
 
 def logits_of(output: object, *, user: str) -> Tensor:

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from assay.functional import ParameterLayout, plain_attention, running_norms
 from assay.functional.ensemble import plain_layers, run_chain
+from assay.functional.products import as_batches, pair_of
 from assay.landscape.evaluation import (
     Batches,
     Evaluation,
     Outputs,
     Totals,
-    as_batches,
     at_points,
     evaluate,
     joined,
-    pair_of,
 )
 
 CPU_SAMPLES = 8_192  # points times samples at once: beyond, activations leave the cache

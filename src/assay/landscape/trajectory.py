@@ -22,8 +22,8 @@ from assay.functional import (
     select_parameters,
 )
 from assay.functional.ensemble import plain_layers, run_chain
-from assay.functional.products import Selection
-from assay.landscape.evaluation import Batches, as_batches, losses_at_points, pair_of
+from assay.functional.products import Selection, as_batches, pair_of
+from assay.landscape.evaluation import Batches, losses_at_points
 from assay.landscape.span import answering, layers_at_the_input, outputs_of
 
 # Weight vectors times samples that run at once: beyond, activations leave the cache.
