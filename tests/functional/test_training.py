@@ -83,3 +83,12 @@ def test_evaluation_is_a_mean_over_all_samples_and_restores_the_mode():
     logits = model.eval()(x)
     assert found["accuracy"] == (logits.argmax(1) == y).double().mean().item()
     assert found["loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-6)
+
+
+def test_a_norm_that_was_put_to_sleep_stays_so():
+    """Fine-tuning keeps norms in evaluation mode inside a model in training mode."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model[1].eval()
+    evaluate_classifier(model, torch.eye(3), torch.arange(3))
+    assert model.training
+    assert not model[1].training

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay.functional import evaluating
+
 
 class Classifier(nn.Module):
     """A model of any kind as a function from inputs `(N, ...)` to logits `(N, C)`.
@@ -129,23 +131,20 @@ def embedding_of(
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients for the parameters; gradients still reach the inputs."""
-    modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modes)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
         if recurrent:
             # cuDNN's recurrent kernels have a backward pass in training mode only.
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         try:
-            model.eval()
             for p in trainable:
                 p.requires_grad_(False)
             yield
         finally:
             for p in trainable:
                 p.requires_grad_(True)
-            for module, training in modes:
-                module.training = training
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:

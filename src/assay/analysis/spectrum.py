@@ -17,6 +17,7 @@ from assay.functional import (
     HessianOperator,
     ParameterLayout,
     SpectralDensity,
+    evaluating,
     lanczos,
     plain_attention,
     repeatable,
@@ -666,14 +667,8 @@ class _Kernel:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with plain_attention():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), plain_attention():
+        yield
 
 
 def ntk_condition_number(kernel: Float[Tensor, "n n c c"]) -> float:

@@ -23,6 +23,7 @@ from assay.functional.krylov import (
     top_eigenvalues,
 )
 from assay.functional.likelihood import Likelihood, per_sample_loss
+from assay.functional.modes import evaluating, keeping_modes
 from assay.functional.parameters import (
     ParameterLayout,
     call_with_vector,
@@ -56,6 +57,8 @@ __all__ = [
     "call_model",
     "plain_attention",
     "repeatable",
+    "evaluating",
+    "keeping_modes",
     "LossOperator",
     "HessianOperator",
     "GGNOperator",

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from assay.functional.modes import evaluating
+
 
 def running_norms(model: nn.Module) -> list[Any]:
     """The layers of a model that keep running statistics.
@@ -79,7 +81,6 @@ class _Moments:
 @contextmanager
 def _statistics_of_each_batch(model: nn.Module, norms: list[Any]) -> Iterator[dict[Any, _Moments]]:
     """Norms in training mode with momentum 1, everything else in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     moments = {norm: _Moments() for norm in norms}
 
@@ -88,24 +89,22 @@ def _statistics_of_each_batch(model: nn.Module, norms: list[Any]) -> Iterator[di
 
     handles = []
     try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0
-            # 0 · NaN is NaN: statistics that have diverged must not survive momentum 1.
-            norm.running_mean.zero_()
-            norm.running_var.fill_(1)
-            if isinstance(getattr(norm, "num_batches_tracked", None), Tensor):
-                norm.num_batches_tracked.zero_()
-            handles.append(norm.register_forward_hook(collect))
-        yield moments
+        with evaluating(model):
+            for norm in norms:
+                norm.train()
+                norm.momentum = 1.0
+                # 0 · NaN is NaN: statistics that have diverged must not survive momentum 1.
+                norm.running_mean.zero_()
+                norm.running_var.fill_(1)
+                if isinstance(getattr(norm, "num_batches_tracked", None), Tensor):
+                    norm.num_batches_tracked.zero_()
+                handles.append(norm.register_forward_hook(collect))
+            yield moments
     finally:
         for handle in handles:
             handle.remove()
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @torch.no_grad()

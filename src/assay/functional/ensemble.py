@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from assay.functional.batchnorm import running_norms
+from assay.functional.modes import evaluating
 from assay.functional.training import Record, fit
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -125,13 +126,9 @@ class Ensemble(nn.Module):
         Returns:
             Outputs `(M, N, ...)`; the mode of the ensemble is as before.
         """
-        was_training = self.training
         device = next((p.device for p in self.parameters()), x.device)
-        self.eval()
-        try:
+        with evaluating(self):
             parts = [self.broadcast(part.to(device)) for part in x.split(batch_size)]
-        finally:
-            self.train(was_training)
         return torch.cat(parts, dim=1)
 
     def member(self, index: int) -> nn.Module:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from assay.functional.modes import evaluating
+
 Record = dict[str, float]
 
 
@@ -141,17 +143,13 @@ def evaluate_classifier(
     """
     if len(x) != len(y) or len(x) == 0:
         raise ValueError(f"x and y must be non-empty and of one length, got {len(x)} and {len(y)}")
-    was_training = model.training
-    model.eval()
     device = next((p.device for p in model.parameters()), x.device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     right = torch.zeros((), dtype=torch.int64, device=device)
-    try:
+    with evaluating(model):
         for inputs, targets in zip(x.split(batch_size), y.split(batch_size), strict=True):
             logits = model(inputs.to(device))
             targets = targets.to(device)
             loss += loss_fn(logits, targets, reduction="sum").double()
             right += (logits.argmax(dim=1) == targets).sum()
-    finally:
-        model.train(was_training)
     return {"loss": (loss / len(x)).item(), "accuracy": right.item() / len(x)}

@@ -1,9 +1,8 @@
 """Patterns planted in loss surfaces, or found there (Czarnecki et al.; Skorokhodov and Burtsev)."""
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from assay.functional import (
     bisect,
     bracket,
     call_with_vector,
+    evaluating,
     filter_normalize,
     parameters_to_vector,
     random_direction,
@@ -346,7 +346,7 @@ def embed_pattern_beside(
         raise ValueError("x is empty: expected at least one input")
     if width < z:
         raise ValueError(f"width must be at least z = {z}, got {width}")
-    with _evaluating(trained), torch.no_grad():
+    with evaluating(trained), torch.no_grad():
         said = logits_of(trained(x), user="embed_pattern_beside")
     if said.ndim != 2 or len(said) != len(x):
         raise ValueError(
@@ -378,18 +378,6 @@ def embed_pattern_beside(
     dense = _dense_error(beside, layers[0], inputs, losses, pattern, z, generator)
     direct = _direct_error(model, directions, x, loss, pattern)
     return PlantedPattern(model, directions, max(dense, direct), sigma, planted)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _relu_chain(model: nn.Module, z: int, inputs: Tensor | None) -> tuple[list[nn.Linear], Tensor]:
@@ -481,7 +469,7 @@ def _trial(
         for candidate in candidates:
             calls.clear()
             try:
-                with _evaluating(model):
+                with evaluating(model):
                     output = torch.func.functional_call(model, dict(weights), (candidate,))
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 refusal = refusal or error
@@ -617,7 +605,7 @@ def _dense_error(
     worst = torch.zeros((), dtype=torch.float64)
     handle = first.register_forward_hook(move)
     try:
-        with _evaluating(net):
+        with evaluating(net):
             for moves in h.split(4096):
                 rows = inputs[torch.arange(len(moves)) % len(inputs)]
                 error = losses(net(rows).double().cpu()) - _losses_of(pattern, moves)
@@ -639,7 +627,7 @@ def _direct_error(
     h = _cube(8, len(directions), torch.Generator().manual_seed(0))[:8]
     origin = parameters_to_vector(model)
     worst = torch.zeros((), dtype=torch.float64)
-    with _evaluating(model):
+    with evaluating(model):
         for point, wanted in zip(h, _losses_of(pattern, h), strict=True):
             vector = origin + point.to(origin) @ directions
             error = loss(call_with_vector(model, vector, x).double().cpu()) - wanted

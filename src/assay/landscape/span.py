@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from assay.functional import ParameterLayout, plain_attention, running_norms
+from assay.functional import ParameterLayout, evaluating, plain_attention, running_norms
 from assay.functional.ensemble import plain_layers, run_chain
 from assay.functional.products import as_batches, pair_of
 from assay.landscape.evaluation import (
@@ -216,12 +216,10 @@ def layers_at_the_input(model: nn.Module, x: Tensor) -> list[str]:
 
         handles.append(layer.register_forward_pre_hook(note))
     tracked = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
-    was_training = model.training
     try:
-        with torch.enable_grad():
-            torch.func.functional_call(model.eval(), tracked, (x.detach()[:1],))
+        with torch.enable_grad(), evaluating(model):
+            torch.func.functional_call(model, tracked, (x.detach()[:1],))
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return [name for name, dependent in calls.items() if dependent == [False]]

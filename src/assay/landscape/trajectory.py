@@ -18,6 +18,7 @@ from assay.functional import (
     ParameterLayout,
     bisect,
     bracket,
+    evaluating,
     plain_attention,
     select_parameters,
 )
@@ -351,12 +352,8 @@ class _Losses:
 
     @torch.no_grad()
     def __call__(self, vectors: Tensor) -> Tensor:
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             return self._mean(vectors)
-        finally:
-            self.model.train(was_training)
 
     def _mean(self, vectors: Tensor) -> Tensor:
         total = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)

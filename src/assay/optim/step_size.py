@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from assay.functional import call_model
+from assay.functional import call_model, keeping_modes
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,6 @@ def lr_range_test(
         raise ValueError(f"divergence must be more than 1, got {divergence}")
     weights = copy.deepcopy(model.state_dict())
     inner = copy.deepcopy(optimizer.state_dict())
-    modes = {module: module.training for module in model.modules()}
     gradients = {p: p.grad for p in model.parameters()}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     lrs = [low * (high / low) ** (k / (steps - 1)) for k in range(steps)]
@@ -104,7 +103,7 @@ def lr_range_test(
     smoothed: list[float] = []
     average, diverged = 0.0, False
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), keeping_modes(model):
             model.train()
             for step, (inputs, targets) in enumerate(_endless(batches, steps)):
                 for group in optimizer.param_groups:
@@ -122,8 +121,6 @@ def lr_range_test(
     finally:
         model.load_state_dict(weights)
         optimizer.load_state_dict(inner)
-        for module, mode in modes.items():
-            module.training = mode
         for p, gradient in gradients.items():
             p.grad = gradient
     best = min(range(len(smoothed)), key=lambda k: _finite(smoothed[k]))
