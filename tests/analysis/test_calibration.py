@@ -118,7 +118,7 @@ HALF = torch.full((3,), 0.5)
         ),
         (
             lambda: fit_temperature(torch.zeros(5, 3), torch.arange(4)),
-            r"y must hold one class index a sample, \(5,\) integers, got \(4,\)",
+            r"y must hold one class index a sample, 5 integers in one dimension, got shape \(4,\)",
         ),
     ],
 )

@@ -404,7 +404,7 @@ def test_noise_is_added_in_training_only():
         ({"y": torch.zeros(3).long()}, "class indices"),
         ({"y": torch.tensor([0, 1, 2, 10])}, r"class indices from 0 to \d, got 1 of 4 .* e.g. 10"),
         ({"y": torch.tensor([0, -1, 2, 1])}, r"class indices from 0 to \d, got 1 of 4 .* e.g. -1"),
-        ({"y": torch.zeros(4)}, r"\(4,\) integers, got \(4,\) torch.float32"),
+        ({"y": torch.zeros(4)}, r"4 integers in one dimension, got shape \(4,\) of torch.float32"),
         ({"x": torch.ones(4, 2, 5)}, r"x must be \(n, steps, 3\)"),
         ({"x": torch.ones(0, 2, 3)}, "at least one sample"),
         ({"r": 1e-9}, "r must be at least"),

@@ -242,11 +242,11 @@ def test_a_tied_net_and_one_without_logits_are_refused():
         (lambda h: h[:, 0] * math.nan, LABELS, "finite on the unit cube, got nan at h = "),
         (lambda h: h, LABELS, r"one loss a point, \(2112,\) .* got \(2112, 2\)"),
         (lambda h: 1.7, LABELS, "one loss a point.* got float"),
-        (waves, LABELS[:0], "at least one class index"),
-        (waves, LABELS.double(), "integers, got torch.float64"),
-        (waves, LABELS + 1, "0…2, got some from 1 to 3"),
-        (waves, LABELS - 1, "0…2, got some from -1 to 1"),
-        (waves, LABELS.view(3, 4), "class index"),
+        (waves, LABELS[:0], "labels must hold one class index a sample, at least one"),
+        (waves, LABELS.double(), "integers in one dimension, got .* of torch.float64"),
+        (waves, LABELS + 1, "from 0 to 2, got .* of 12 that are not, e.g. 3"),
+        (waves, LABELS - 1, "from 0 to 2, got .* of 12 that are not, e.g. -1"),
+        (waves, LABELS.view(3, 4), r"in one dimension, got shape \(3, 4\)"),
     ],
 )
 def test_patterns_and_labels_are_checked_before_anything_is_written(pattern, labels, message):

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from assay.analysis.classifier import class_indices
+from assay.functional.labels import class_indices
 
 LOW, HIGH = 0.02, 50.0  # temperatures
 ROUNDING = 1e-6  # a sum of float32 probabilities may exceed 1 by that
@@ -129,7 +129,7 @@ def fit_temperature(logits: Float[Tensor, "n c"], y: Tensor) -> float:
             f"logits must be finite, got {int((~logits.isfinite()).sum())} of {logits.numel()} "
             "values that are NaN or infinite"
         )
-    right = class_indices(y, *logits.shape).unsqueeze(1)
+    right = class_indices(y, logits.shape[1], samples=len(logits)).unsqueeze(1)
     z = logits.double() - logits.double().gather(1, right)
     low, high = 1 / HIGH, 1 / LOW
 

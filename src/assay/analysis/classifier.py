@@ -182,19 +182,3 @@ def as_logits(output: Any) -> Tensor:
             "in Classifier(model, call=...)"
         )
     return logits
-
-
-def class_indices(y: Tensor, samples: int, classes: int) -> Tensor:
-    """Labels as int64, or a ValueError unless they are one index of a class a sample."""
-    if y.shape != (samples,) or y.is_floating_point() or y.is_complex():
-        raise ValueError(
-            f"y must hold one class index a sample, ({samples},) integers, got {tuple(y.shape)} "
-            f"{y.dtype}"
-        )
-    wrong = y[(y < 0) | (y >= classes)]
-    if len(wrong):
-        raise ValueError(
-            f"y must hold class indices from 0 to {classes - 1}, got {len(wrong)} of {samples} "
-            f"that are not, e.g. {int(wrong[0])}"
-        )
-    return y.long()

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from assay.analysis.classifier import class_indices
+from assay.functional.labels import class_indices
 
 _LARGEST_DENSE = 2000  # size of a second-moment matrix whose spectrum is still computed densely
 _CHECKED_SAMPLES = 16
@@ -652,7 +652,7 @@ def rnn_bound(
             f"y must be ({len(inputs)},) class indices of at least two classes, got shape "
             f"{tuple(y.shape)} and {classes} outputs"
         )
-    y = class_indices(y.cpu(), len(inputs), classes)
+    y = class_indices(y.cpu(), classes, samples=len(inputs))
     smallest = smallest_moment(inputs)
     if noise_std is not None:
         noise = torch.randn(inputs.shape, generator=generator, dtype=torch.float64)

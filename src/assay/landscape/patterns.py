@@ -24,6 +24,7 @@ from assay.functional import (
     parameters_to_vector,
     random_direction,
 )
+from assay.functional.labels import class_indices
 from assay.landscape.evaluation import Batches, Evaluation, logits_of
 from assay.landscape.span import evaluate_span, layers_at_the_input, span_outputs
 
@@ -84,7 +85,7 @@ class LogitLoss:
         Raises:
             ValueError: if `labels` are no class indices, or there are none.
         """
-        labels = _class_indices(labels, classes)
+        labels = class_indices(labels, classes, name="labels").cpu()
         marginal = torch.bincount(labels, minlength=classes).double() / len(labels)
         zeros = torch.zeros(classes, classes, dtype=torch.float64)
         return cls(zeros, torch.arange(classes), marginal, logit)
@@ -145,19 +146,6 @@ class LogitLoss:
 
         upper = bracket(excess, torch.ones_like(values), start=start).high
         return bisect(excess, start, upper, max_iter=100).point
-
-
-def _class_indices(labels: object, classes: int) -> Tensor:
-    """Labels `(n,)` on the CPU, which must be class indices."""
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels) == 0:
-        found = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
-        raise ValueError(f"labels must be a tensor of at least one class index (n,), got {found}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be class indices, integers, got {labels.dtype}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise ValueError(f"labels must be in 0…{classes - 1}, got some from {low} to {high}")
-    return labels.long().cpu()
 
 
 # -- patterns by construction ------------------------------------------------------------------
@@ -353,7 +341,7 @@ def embed_pattern_beside(
             f"the model must return logits ({len(x)}, C), it returns shape {tuple(said.shape)}"
         )
     logits = said.double().cpu()
-    labels = _class_indices(labels, logits.shape[1])
+    labels = class_indices(labels, logits.shape[1], name="labels").cpu()
     if len(labels) != len(x):
         raise ValueError(f"labels must be as many as x, {len(x)}, got {len(labels)}")
     share = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
