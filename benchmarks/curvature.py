@@ -7,12 +7,9 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -64,15 +61,7 @@ def peer(module: str, package: str) -> object:
 
 
 def against_backpack(network: str, ours: tuple[str, ...], theirs: tuple[str, ...]) -> Comparison:
-    """Both with the mean gradient; ours writes into the memory of its last result.
-
-    Individual gradients are N numbers a parameter, 460 MB for the MLP, each of which is written at
-    least once. Their rows say how long merely overwriting that memory takes, how long the
-    mini-batch gradient takes, and what the ratio would be if nothing else had to be done. For the
-    four first-order quantities of the MLP these two alone miss the target of 0.2 with one thread,
-    and come so close to it with two that hardly any time is left for the moments: it is out of
-    reach, except for what computes while it writes.
-    """
+    """Both with the mean gradient; ours writes into the memory of its last result."""
     backpack = peer("backpack", "backpack-for-pytorch")
     net, x, y = problem(network)
     loss_fn = nn.CrossEntropyLoss()
@@ -86,51 +75,12 @@ def against_backpack(network: str, ours: tuple[str, ...], theirs: tuple[str, ...
         with backpack.backpack(*(extension() for extension in extensions)):
             twin_loss(twin(x), y).backward()
 
-    extra = {}
-    if "grad_batch" in earlier:
-        parameters = list(net.parameters())
-        extra = _limit(
-            list(earlier["grad_batch"].values()),
-            lambda: torch.autograd.grad(loss_fn(net(x), y), parameters),
-            their_call,
-        )
     return Comparison(
         ours=lambda: compute(net, loss_fn, x, y, ours, out=earlier),
         peer=their_call,
         peer_name="BackPACK",
         peer_version=version("backpack-for-pytorch"),
-        extra=extra,
     )
-
-
-def _limit(
-    results: list[Tensor], gradient: Callable[[], object], theirs: Callable[[], object]
-) -> dict[str, float]:
-    """What can hardly be undercut: the fastest write of all results, and one plain gradient."""
-    threads = torch.get_num_threads()
-    parts = []
-    for tensor in results:
-        size = tensor.numel() * tensor.element_size()
-        cuts = [size * i // threads for i in range(threads + 1)]
-        parts += [(tensor.data_ptr() + a, 0, b - a) for a, b in pairwise(cuts)]
-    with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
-        write = _milliseconds(lambda: list(pool.map(lambda part: ctypes.memset(*part), parts)))
-    plain = _milliseconds(gradient)
-    return {
-        "ms to overwrite the same memory": write,
-        "ms of the mini-batch gradient": plain,
-        "ratio of these two alone": (write + plain) / _milliseconds(theirs),
-    }
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    """The median of seven, after one to warm up."""
-    taken = []
-    for _ in range(8):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(taken[1:])
 
 
 def _rows() -> dict[str, Benchmark]:
@@ -191,6 +141,8 @@ GIVE_BACK = {
 def peak_memory(network: str, label: str, side: str) -> float:
     """MB (10⁶ bytes) by which one call raises the peak of the resident memory of this process.
 
+    To 0.1 MB: from process to process it varies by some pages.
+
     Both sides alike: a first call brings in what is imported late and the libraries' own
     workspaces; its results are dropped; then one call makes new ones. Nothing is written over.
 
@@ -229,7 +181,7 @@ def peak_memory(network: str, label: str, side: str) -> float:
     result = call()
     peak = _resident("VmHWM")
     del result
-    return peak - before
+    return round(peak - before, 1)
 
 
 def _resident(entry: str) -> float:

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from assay.kernels import adam
 from assay.kernels.adam import AdamUpdate, adam_updates_
 from assay.optim import AdamNC, AMSGrad, Box, amsgrad
 from assay.optim.projected_adam import Coefficients, Options, _fused_by_torch
@@ -361,7 +360,7 @@ def test_fused_accepts_any_layout(layout):
 @pytest.mark.parametrize("of_torch", [True, False])
 def test_fused_is_the_same_on_several_threads(of_torch, monkeypatch):
     if not of_torch:
-        monkeypatch.setattr(adam, "_openmp_of_torch", lambda: None)
+        monkeypatch.setattr("assay.kernels.threads._openmp_of_torch", lambda: None)
     size = 5 * (1 << 16) + 5
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(size, generator=generator) for _ in range(2)]

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from assay.curvature.layout import Layout
+from assay.kernels.outer_products import outer_products
 
 SCRATCH = 1 << 22
 """Entries of the temporary tensors that are reduced at once; 16 MB of float32."""
@@ -209,7 +210,10 @@ class MatrixUse(Use):
             out = left.new_empty((samples, *self.slots[slot].tensor.shape))
         target = out.view(samples * groups, m, n)
         left, right = left.reshape(-1, m, positions), right.reshape(-1, n, positions)
-        torch.bmm(left, right.mT, out=target)
+        if positions == 1:
+            outer_products(left.squeeze(2), right.squeeze(2), target)
+        else:
+            torch.bmm(left, right.mT, out=target)
         return out
 
     def blocks(self, slot: str, G: Gradients) -> Iterator[Tensor]:

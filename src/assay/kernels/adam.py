@@ -1,18 +1,16 @@
 """One pass over parameter, gradient and moments for AMSGrad and AdamNC on the CPU."""
 
-import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
 from torch import Tensor
+
+from assay.kernels.threads import pointer, run_on_threads, take
 
 # Elements that a thread takes at a time: few enough that no thread waits long for the other at the
 # end of a step, enough that listing them (about 3 µs) costs little beside 0.8 ns an element.
@@ -22,31 +20,6 @@ _CHUNK = 1 << 16
 _PARALLEL = 1 << 18
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64)
-
-
-@intrinsic
-def _pointer(typingctx, address, like):
-    """To numbers of the type of `like`, at an address.
-
-    Making numpy arrays of five tensors takes longer than a small parameter's whole step.
-    """
-
-    def build(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(address, like), build
-
-
-@intrinsic
-def _take(typingctx, address):
-    """The next number of a counter at an address, which all threads share."""
-
-    def build(context, builder, signature, args):
-        number = ir.IntType(64)
-        counter = builder.inttoptr(args[0], number.as_pointer())
-        return builder.atomic_rmw("add", counter, number(1), "monotonic")
-
-    return types.int64(types.int64), build
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -69,12 +42,12 @@ def _update(
     eps,
     zero,
 ):
-    param = carray(_pointer(param_at, zero), size)
-    grad = carray(_pointer(grad_at, zero), size)
-    exp_avg = carray(_pointer(exp_avg_at, zero), size)
-    exp_avg_sq = carray(_pointer(exp_avg_sq_at, zero), size)
+    param = carray(pointer(param_at, zero), size)
+    grad = carray(pointer(grad_at, zero), size)
+    exp_avg = carray(pointer(exp_avg_at, zero), size)
+    exp_avg_sq = carray(pointer(exp_avg_sq_at, zero), size)
     if max_exp_avg_sq_at is not None:
-        max_exp_avg_sq = carray(_pointer(max_exp_avg_sq_at, zero), size)
+        max_exp_avg_sq = carray(pointer(max_exp_avg_sq_at, zero), size)
     for i in range(size):
         x = param[i] * shrink
         g = sign * grad[i] + weight_decay * x
@@ -100,11 +73,11 @@ def _work(job_at, zero):
     A job holds a counter, the number of chunks, and where their integers (five addresses and a
     size) and their numbers begin.
     """
-    job = carray(_pointer(job_at, types.int64(0)), 4)
-    integers = carray(_pointer(job[2], types.int64(0)), (job[1], 6))
-    numbers = carray(_pointer(job[3], zero), (job[1], 11))
+    job = carray(pointer(job_at, types.int64(0)), 4)
+    integers = carray(pointer(job[2], types.int64(0)), (job[1], 6))
+    numbers = carray(pointer(job[3], zero), (job[1], 11))
     while True:
-        i = _take(job_at)
+        i = take(job_at)
         if i >= job[1]:
             return
         a, s = integers[i], numbers[i]
@@ -176,9 +149,7 @@ def adam_updates_(updates: Sequence[AdamUpdate]) -> None:
     """Update parameters and their moments in place, in one pass over memory.
 
     The work is split over `torch.get_num_threads()` threads, which take it in small chunks: one
-    that is held up by other programs does not hold up the step. They are torch's own threads
-    where torch runs on OpenMP: those spin for a while after their last work, on the cores that
-    threads of another pool would need. The kernel holds no lock.
+    that is held up by other programs does not hold up the step.
 
     Args:
         updates: of different parameters.
@@ -198,35 +169,8 @@ def _run(updates: Sequence[AdamUpdate], number: type) -> None:
     integers = np.array([part for part, _ in chunks], dtype=np.int64)
     numbers = np.array([values for _, values in chunks], dtype=number)
     job = np.array([0, len(chunks), integers.ctypes.data, numbers.ctypes.data], dtype=np.int64)
-    at, threads = job.ctypes.data, torch.get_num_threads()
-    openmp = _openmp_of_torch()
-    if threads < 2 or sum(update.param.numel() for update in updates) < _PARALLEL:
-        _work(at, number(0))
-    elif openmp is not None:
-        openmp(
-            ctypes.c_void_p(_task(number).address),
-            ctypes.c_void_p(at),
-            ctypes.c_uint(threads),
-            ctypes.c_uint(0),
-        )
-    else:
-        with ThreadPoolExecutor(threads - 1) as pool:
-            others = [pool.submit(_work, at, number(0)) for _ in range(threads - 1)]
-            _work(at, number(0))
-        for other in others:
-            other.result()
-
-
-@lru_cache
-def _openmp_of_torch() -> Callable[..., Any] | None:
-    """What compiled code calls for a parallel region, of the OpenMP library that torch has loaded.
-
-    GNU's and, under the same name, LLVM's and Intel's libraries have it on Linux.
-    """
-    try:
-        return ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (AttributeError, OSError):
-        return None
+    small = sum(update.param.numel() for update in updates) < _PARALLEL
+    run_on_threads(_task(number), job.ctypes.data, 1 if small else torch.get_num_threads())
 
 
 @lru_cache
