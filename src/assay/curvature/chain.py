@@ -27,6 +27,19 @@ class _Product:
 
 
 @dataclass(frozen=True)
+class _Relu:
+    """x ↦ max(x, 0), whose result says where its slope is 1."""
+
+    result: Tensor
+
+    def pull_back(self, V: Tensor, *, fresh: bool) -> Tensor:
+        if len(V) == 1:
+            v = V.reshape(self.result.shape)
+            return torch.ops.aten.threshold_backward(v, self.result, 0).unsqueeze(0)
+        return _scaled(V, (self.result > 0).to(V.dtype), fresh=fresh)
+
+
+@dataclass(frozen=True)
 class _Entrywise:
     """Consecutive functions of each entry alone, from an edge of the graph down to another."""
 
@@ -36,12 +49,19 @@ class _Entrywise:
     def pull_back(self, V: Tensor, *, fresh: bool) -> Tensor:
         if len(V) == 1:
             return self._gradient(V[0]).unsqueeze(0)
-        slope = self._gradient(torch.ones_like(V[0]))  # the Jacobian is diagonal
-        V = V.reshape(-1, *slope.shape)
-        return V.mul_(slope) if fresh else V * slope
+        # The Jacobian is diagonal.
+        return _scaled(V, self._gradient(torch.ones_like(V[0])), fresh=fresh)
 
     def _gradient(self, v: Tensor) -> Tensor:
         return torch.autograd.grad([self.top], [self.bottom], [v], retain_graph=True)[0]
+
+
+def _scaled(V: Tensor, slope: Tensor, *, fresh: bool) -> Tensor:
+    V = V.reshape(-1, *slope.shape)
+    return V.mul_(slope) if fresh else V * slope
+
+
+_Step = _Product | _Relu | _Entrywise
 
 
 class Chain:
@@ -55,7 +75,7 @@ class Chain:
         steps: from the output down; a number says that the columns there are those of a use.
     """
 
-    def __init__(self, steps: list[int | _Product | _Entrywise]) -> None:
+    def __init__(self, steps: list[int | _Step]) -> None:
         self.steps = steps
 
     def columns(self, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -84,7 +104,7 @@ def find_chain(output: Tensor, edges: Sequence[GradientEdge]) -> Chain | None:
     places = {edge.node: place for place, edge in enumerate(edges)}
     if len(places) < len(edges):
         return None
-    steps: list[int | _Product | _Entrywise] = []
+    steps: list[int | _Step] = []
     node: Any = output.grad_fn  # its saved tensors are known to no stub
     while node is not None:
         if node in places:
@@ -105,7 +125,10 @@ def find_chain(output: Tensor, edges: Sequence[GradientEdge]) -> Chain | None:
                 node = node.next_functions[0][0]
             if node is None:
                 return None
-            steps.append(_Entrywise(GradientEdge(top, 0), GradientEdge(node, 0)))
+            if top.name() == "ReluBackward0" and top.next_functions[0][0] is node:
+                steps.append(_Relu(top._saved_result.detach()))
+            else:
+                steps.append(_Entrywise(GradientEdge(top, 0), GradientEdge(node, 0)))
         else:
             return None
     return None

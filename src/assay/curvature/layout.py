@@ -28,7 +28,8 @@ class Layout:
 
     def split(self, tensor: Tensor, lead: int = 0) -> Tensor:
         """Samples in front: `(*lead, N, ...)`, or `(*lead, N, fold, ...)` if they were folded."""
-        tensor = tensor.movedim(lead + self.axis, lead)
+        if self.axis:
+            tensor = tensor.movedim(lead + self.axis, lead)
         if self.fold == 1:
             return tensor
         if self.sample_major:
