@@ -9,6 +9,7 @@ from torch import Tensor
 from assay.curvature.objective import Objective
 from assay.curvature.plan import Plan, Source
 from assay.curvature.uses import MatrixUse, square_norms
+from assay.kernels.variance import variance
 
 FIRST_ORDER = ("grad", "grad_batch", "batch_l2", "second_moment", "variance")
 
@@ -149,13 +150,9 @@ def _finish(
     buffers: dict[str, Tensor | None],
 ) -> dict[str, Tensor]:
     if "variance" in quantities:
-        out = buffers["variance"]
-        second = own["second_moment"]
-        variance = torch.addcmul(second, mean, mean, value=-1, out=out)
-        # Not "less than": where squares overflow, two passes need not.
-        if variance.numel() and not torch.sub(variance, second, alpha=CANCELLED).min() >= 0:
-            variance.copy_(_spread(blocks))
-        own["variance"] = variance
+        own["variance"], kept = variance(own["second_moment"], mean, CANCELLED, buffers["variance"])
+        if not kept:
+            own["variance"].copy_(_spread(blocks))
     own["grad"] = mean if objective.reduction == "mean" else mean.mul(objective.samples)
     return own
 
