@@ -297,6 +297,54 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r"samples: 40, predicted 0: \d+, component I: \d"):
             dig.fit(x)
 
+    @pytest.mark.parametrize("favourite", [0, 1])
+    def test_a_model_that_never_says_s_is_refused_before_anything_is_trained(self, favourite):
+        constant = nn.Linear(2, 3)
+        nn.init.zeros_(constant.weight)
+        constant.bias.data = F.one_hot(torch.tensor(favourite), 3).float()
+        x = torch.rand(40, 2, generator=generator())
+        dig = DeepDIG(constant, 1 - favourite, favourite, steps=1)
+        message = rf"class {1 - favourite} \(samples: 40, predicted {1 - favourite}: 0; min_surv"
+        with pytest.raises(RuntimeError, match=message):
+            dig.fit(x)
+        assert dig.history == {}
+        # The other way round nothing can be known before the attempt.
+        with pytest.raises(RuntimeError, match=r"component I left too few .* component I: 0"):
+            DeepDIG(constant, favourite, 1 - favourite, steps=1).fit(x)
+
+    def test_nan_is_no_class(self):
+        class Hole(nn.Module):
+            def forward(self, x):
+                hole = (x[:, :1] - 0.5).abs() < self.width
+                return torch.where(hole, math.nan, torch.cat([x[:, :1] - 0.5, 0.5 - x[:, :1]], 1))
+
+        model, a, b = Hole(), torch.ones(3, 2), torch.zeros(3, 2)
+        y = torch.tensor([0, 0, 0, 1, 1, 1])
+        model.width = 0.1
+        with pytest.raises(ValueError, match="NaN for 3 of 3 inputs"):
+            bisect_boundary(model, a, b, 0, 1)
+        with pytest.raises(ValueError, match="NaN"):
+            input_complexity(model, torch.cat([a, b]))
+        model.width = 1.0
+        for call in (
+            lambda: bisect_boundary(model, a, b, 0, 1),
+            lambda: random_pairs(model, torch.cat([a, b]), y, 0, 1, count=2),
+            lambda: DeepDIG(model, 0, 1, steps=1).fit(a),
+        ):
+            with pytest.raises(ValueError, match="NaN"):
+                call()
+
+    def test_integers_have_nothing_between_them(self):
+        ids, y = torch.randint(5, (20, 4), generator=generator()), torch.arange(20) % 2
+        for call in (
+            lambda: DeepDIG(self.model, 0, 1).fit(ids),
+            lambda: random_pairs(self.model, ids, y, 0, 1, count=2),
+            lambda: nearest_embedding_pairs(self.model, ids, y, 0, 1),
+            lambda: input_complexity(self.model, ids),
+        ):
+            with pytest.raises(ValueError, match=r"floating-point .* torch.int64.*inputs_embeds"):
+                call()
+
     def test_generate_needs_fit(self):
         with pytest.raises(RuntimeError, match="fit"):
             DeepDIG(self.model, 0, 1).generate()
@@ -446,6 +494,46 @@ def test_deepdig_on_the_users_model(trained, name):
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     next(model.parameters()).requires_grad_(True)
+
+
+def test_a_transformer_of_tokens_is_analysed_in_the_space_of_its_embeddings():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=8, num_labels=3,
+    )  # fmt: skip
+    bert = transformers.BertForSequenceClassification(config)
+    ids = torch.randint(12, (120, 5))
+    y = ids[:, 0] % 3
+    x = bert.get_input_embeddings()(ids).detach()
+    model = Classifier(bert, call=lambda bert, x: bert(inputs_embeds=x))
+    fit(model, torch.optim.Adam(model.parameters(), lr=1e-2), [(x, y)], epochs=15)
+    assert (model(x).argmax(1) == y).double().mean() > 0.9
+    dig = DeepDIG(model, 0, 1, steps=100, batch_size=32, bounds=None)
+    samples = dig.fit(x, y, generator=generator()).generate()
+    assert samples.success_rate > 0.9
+    assert samples.x.shape[1:] == (5, 16)
+    with torch.no_grad():
+        p = model(samples.borderline).softmax(1)
+    assert ((p[:, 0] - p[:, 1]).abs() < 1e-4 + 1e-5).all()  # another batch rounds differently
+    assert embedding_of(model)(samples.borderline).shape == (samples.counts["success"], 16)
+    for find in (nearest_embedding_pairs, lambda *a: random_pairs(*a, count=5)):
+        i, j = find(model, x, y, 0, 1)
+        assert (bisect_boundary(model, x[i], x[j], 0, 1).status >= 0).all()
+
+
+def test_one_logit_is_the_second_of_two():
+    torch.manual_seed(0)
+    one = nn.Linear(5, 1)
+    model = Classifier(one, call=lambda model, x: F.pad(model(x), (1, 0)))
+    x = 3 * torch.randn(200, 5)
+    y = (one(x) > 0).long().squeeze(1)
+    i, j = random_pairs(model, x, y, 0, 1, count=50)
+    samples = bisect_boundary(model, x[i], x[j], 0, 1)
+    assert samples.success.all()
+    # p_1 - p_0 = tanh(z / 2)
+    assert one(samples.borderline).abs().max() < 2.001e-4
 
 
 def test_the_learning_curve_shows_both_stages_and_the_loss_falls(trained):
@@ -802,6 +890,26 @@ def test_input_complexity_by_brute_force():
     assert torch.equal(small, found)
 
 
+def test_characteristics_of_a_plane_are_its_closed_forms():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 2).double()
+    samples = bisect_boundary(model, *ends(model, 100), 0, 1)
+    assert samples.success.all()
+    x, p = samples.borderline, samples.p
+    # p = (1 ± g)/2: entropy ln 2 − g²/2 − O(g⁴).
+    expected = math.log(2) - samples.gap**2 / 2
+    torch.testing.assert_close(boundary_entropy(p), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(margin(p), samples.gap, rtol=0, atol=1e-12)
+    # A segment changes class once if its ends are on different sides, else never.
+    side = p[:, 1] > p[:, 0]
+    found = input_complexity(
+        model, x, partners=1000, points=10, samples=20, generator=generator(), batch_size=10**5
+    )
+    others = torch.where(side, (~side).sum(), side.sum()) / (len(x) - 1) / 10
+    # The mean of 1,000 draws of 0 or 0.1 has a standard error of at most 0.0016.
+    torch.testing.assert_close(found, others[:20].to(found), rtol=0, atol=5 * 0.0016)
+
+
 def test_input_complexity_refuses():
     for options in ({"partners": 0}, {"points": 1}, {"samples": 0}):
         with pytest.raises(ValueError, match="at least"):
@@ -817,6 +925,8 @@ def test_entropy_and_margin_of_known_distributions():
     assert torch.allclose(margin(p), torch.tensor([0, 0, 1, 0.5]).double(), atol=1e-7)
     with pytest.raises(ValueError, match="two classes"):
         margin(p[:, :1])
+    with pytest.raises(ValueError, match=r"take logits.softmax\(1\)"):
+        boundary_entropy(torch.tensor([[3.0, -1.0]]))
 
 
 # ------------------------------------------------------------------------------------ classifier

@@ -5,12 +5,18 @@ import itertools
 import math
 
 import numpy as np
+import pandas
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from sklearn.ensemble import AdaBoostClassifier, GradientBoostingClassifier
+from sklearn.ensemble import (
+    AdaBoostClassifier,
+    GradientBoostingClassifier,
+    GradientBoostingRegressor,
+)
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
@@ -192,6 +198,9 @@ def test_classes_are_told_apart():
     assert rows[1]["accuracy"] == pytest.approx(1 / 3)
     assert rows[1]["icc"] == 1.0
     assert class_table(correct, labels)[0]["class"] == "2"
+    for wrong, names in ((labels, ["cat", "dog"]), (labels - 1, ["cat", "dog", "cow"])):
+        with pytest.raises(ValueError, match=r"names \d classes, the labels are from"):
+            class_table(correct, wrong, names)
 
 
 # -- two collections -------------------------------------------------------------------------------
@@ -294,6 +303,23 @@ def test_recorder_on_disk_and_recorded_again(tmp_path):
     assert torch.equal(copy.deepcopy(loaded).correct, loaded.correct)
 
 
+def test_a_recorder_that_is_killed_while_it_saves_keeps_its_last_file(tmp_path, monkeypatch):
+    recorder = CorrectnessRecorder(8, 3)
+    recorder.record(1, torch.ones(3, 8).bool())
+    recorder.save(tmp_path / "order.pt")
+    recorder.record(2, torch.zeros(3, 8).bool())
+
+    def killed(state, path):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("assay.analysis.learning_order.torch.save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recorder.save(tmp_path / "order.pt")
+    assert CorrectnessRecorder.load(tmp_path / "order.pt").extents == (1,)
+
+
 def test_recorder_watches_models_that_are_trained_one_after_another():
     torch.manual_seed(0)
     x = torch.linspace(-1, 1, 40).unsqueeze(1)
@@ -334,6 +360,32 @@ def test_staged_estimators_are_read_stage_by_stage(kind):
     assert from_staged(fitted[0], x, y).shape == (4, 1, 60)
 
 
+def test_staged_estimators_take_what_they_take_elsewhere():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 3)), rng.integers(0, 2, 60)
+    expected = from_staged(AdaBoostClassifier(n_estimators=4).fit(x, y), x, y)
+    sparse = scipy.sparse.csr_matrix(x)
+    fitted = AdaBoostClassifier(n_estimators=4).fit(sparse, y)
+    assert torch.equal(from_staged(fitted, sparse, y), expected)
+    frame = pandas.DataFrame(x, columns=["a", "b", "c"])
+    fitted = GradientBoostingClassifier(n_estimators=4).fit(frame, y)  # warns of missing names
+    expected = from_staged(GradientBoostingClassifier(n_estimators=4).fit(x, y), x, y)
+    assert torch.equal(from_staged(fitted, frame, pandas.Series(y)), expected)
+
+
+def test_staged_estimators_refuse_what_would_be_wrong_everywhere():
+    x, y = [[0.0], [1.0], [2.0], [3.0]], np.array([0, 1, 1, 0])
+    fitted = AdaBoostClassifier(n_estimators=2).fit(x, y)
+    with pytest.raises(ValueError, match=r"one class an example, \(X,\), got shape \(4, 1\)"):
+        from_staged(fitted, x, y[:, None])
+    with pytest.raises(ValueError, match="y holds none of the classes of AdaBoostClassifier"):
+        from_staged(fitted, x, ["no", "yes", "yes", "no"])
+    with pytest.raises(TypeError, match="GradientBoostingRegressor has no classes_"):
+        from_staged(GradientBoostingRegressor(n_estimators=2).fit(x, y), x, y)
+    with pytest.raises(ValueError, match="one or more numbers from 1"):
+        from_staged(fitted, x, y, stages=[])
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -357,10 +409,13 @@ def test_refuses_bad_input():
     a = torch.rand(5).double()
     with pytest.raises(ValueError, match="method"):
         order_correlation(a, a, "kendall")
-    with pytest.raises(ValueError, match="b must differ between examples"):
+    with pytest.raises(ValueError, match="b must be finite and differ between examples"):
         order_correlation(a, torch.ones(5).double())
-    with pytest.raises(ValueError, match="a must differ"):
-        order_correlation(a * torch.nan, a)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="a must be finite"):
+            order_correlation(torch.tensor([0, 1, wrong, 3, 4]).double(), a, "pearson")
+    with pytest.raises(ValueError, match=r"of logits take logits.argmax"):
+        total_agreement(torch.rand(3, 5))
     with pytest.raises(ValueError, match="three or more"):
         order_correlation(a[:2], a[:2])
     with pytest.raises(ValueError, match="confidence"):

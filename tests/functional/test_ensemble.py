@@ -62,6 +62,18 @@ class Recurrent(nn.Module):
         return self.rnn(x.squeeze(1))[0][:, -1]
 
 
+class Attention(nn.Module):
+    """Torch's transformer layer: fused as a whole in evaluation, its attention always."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0, bias=False, batch_first=True)
+        self.embed = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.layer(self.embed(x.squeeze(1)))[:, 0, :3]
+
+
 def convolutional():
     return nn.Sequential(
         nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)
@@ -80,6 +92,7 @@ ARCHITECTURES = {
     "tied": Tied,
     "counter": Counter,
     "recurrent": Recurrent,
+    "attention": Attention,
 }
 
 
@@ -131,8 +144,9 @@ def test_broadcast_gives_all_members_the_same_inputs(name, vectorize):
 
 def test_loop_runs_what_vmap_cannot():
     models, x = _members(Branching), _inputs()
-    with pytest.raises(RuntimeError, match="vmap"):
+    with pytest.raises(RuntimeError, match="vmap") as error:
         Ensemble(models)(x)
+    assert "vectorize=False" in error.value.__notes__[0]
     outputs = Ensemble(models, vectorize=False)(x)
     for i, model in enumerate(models):
         torch.testing.assert_close(outputs[i], model(x[i]), **TOL)
@@ -179,7 +193,7 @@ def test_members_have_dropout_masks_of_their_own(make, vectorize):
     assert torch.equal(ensemble.predict(x)[0], ensemble.predict(x)[1])
 
 
-@pytest.mark.parametrize("name", ["chain", "batch norm", "convolutional"])
+@pytest.mark.parametrize("name", ["chain", "batch norm", "convolutional", "attention"])
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -222,6 +236,27 @@ def test_loss_is_a_mean_with_the_gradient_of_a_sum():
         torch.testing.assert_close(loss, expected.mean(), **TOL)
         found = torch.autograd.grad(loss, outputs)
         torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), outputs), **TOL)
+
+
+def test_a_schedule_and_a_loss_that_vmap_cannot_run_train_the_members_alike():
+    def loss_fn(output, target):  # torch selects by a mask for smoothing with weights
+        weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        return nn.functional.cross_entropy(output, target, weight=weight, label_smoothing=0.1)
+
+    def train(model, batches, loss_fn):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=15)
+        fit(model, optimizer, batches, epochs=3, loss_fn=loss_fn, step_scheduler=schedule)
+
+    models = _members(ARCHITECTURES["batch norm"])
+    batches = EnsembleBatches(_inputs(1, 22)[0], torch.arange(22) % 3, 5, 3)
+    orders = [batches.member(i) for i in range(3)]
+    ensemble = Ensemble(models)
+    train(ensemble, batches, EnsembleLoss(loss_fn))
+    for i, model in enumerate(models):
+        train(model, orders[i], loss_fn)
+        for key, value in ensemble.member(i).state_dict().items():
+            torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-9, atol=1e-9)
 
 
 def test_loss_of_dense_targets_and_of_probabilities():
@@ -342,6 +377,49 @@ def test_train_many_repeats_and_its_models_differ():
 def test_refuses_models_that_differ(models, message):
     with pytest.raises(ValueError, match=message):
         Ensemble(models)
+
+
+class Scaled(nn.Linear):
+    def __init__(self, scale):
+        super().__init__(3, 2)
+        self.scale = scale
+
+    def forward(self, x):
+        return super().forward(x * self.scale)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        [Scaled(2.0), Scaled(3.0)],
+        [Scaled(torch.ones(3)), Scaled(torch.zeros(3))],
+        [nn.Sequential(nn.LeakyReLU(0.1)), nn.Sequential(nn.LeakyReLU(0.2))],
+        [nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 4)],
+        [nn.Conv2d(1, 1, 3, stride=(1, 1)), nn.Conv2d(1, 1, 3, stride=(1, 2))],
+    ],
+)
+def test_refuses_models_that_compute_differently(models):
+    with pytest.raises(ValueError, match=r"' of model 1 is another than that of model 0"):
+        Ensemble(models)
+    assert Ensemble(models[:1] * 2).num_models == 2
+
+
+def test_attributes_that_hooks_make_are_no_settings():
+    models = [model.eval() for model in _members(lambda: nn.utils.spectral_norm(nn.Linear(3, 3)))]
+    ensemble, x = Ensemble(models, vectorize=False), torch.randn(5, 3).double()
+    for output, model in zip(ensemble.broadcast(x), models, strict=True):
+        torch.testing.assert_close(output, model(x), **TOL)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_refuses_outputs_that_are_no_tensor(vectorize):
+    class Named(nn.Linear):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    ensemble = Ensemble([Named(3, 2) for _ in range(2)], vectorize=vectorize)
+    with pytest.raises(TypeError, match="must return a tensor, got dict: wrap"):
+        ensemble.broadcast(torch.zeros(5, 3))
 
 
 def test_refuses_bad_input():

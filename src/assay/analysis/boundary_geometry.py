@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from assay.analysis.classifier import frozen, logits_of
+from assay.analysis.classifier import batched_logits, check_inputs, frozen
 
 
 @torch.no_grad()
@@ -25,8 +25,10 @@ def input_complexity(
     """How often the predicted class changes between borderline samples (the paper's IDC).
 
     On the segment from each sample to each of its random partners, the number of changes of the
-    predicted class over equidistant points, divided by the number of points: 0 where the boundary
-    is so smooth that the whole segment is in one class.
+    predicted class over equidistant points, divided by the number of points: 0 where the whole
+    segment is in one class. Samples found by bisection are a hair's breadth to one or the other
+    side of the boundary: a plane gives the share of pairs on different sides, about one half,
+    divided by the number of points.
 
     Args:
         model: a classifier, see `Classifier`.
@@ -41,7 +43,8 @@ def input_complexity(
         The complexity around each sample, in [0, 1); the mean over them is the paper's figure.
 
     Raises:
-        ValueError: if there are fewer than two samples, or a number is too small.
+        ValueError: if there are fewer than two samples, a number is too small, the samples are
+            integers or not finite, or a logit is NaN.
 
     Example:
         >>> import torch
@@ -51,6 +54,7 @@ def input_complexity(
         >>> input_complexity(model, torch.tensor([[-1.0], [1.0]]), points=50)  # one change
         tensor([0.0200, 0.0200])
     """
+    check_inputs("x", x)
     if len(x) < 2:
         raise ValueError(f"x must hold two samples or more, got {len(x)}")
     count = len(x) if samples is None else min(samples, len(x))
@@ -69,7 +73,7 @@ def input_complexity(
         for i, j in zip(start.split(per_pass), end.split(per_pass), strict=True):
             a, b = (x[k].repeat_interleave(points, 0) for k in (i, j))
             path = between(a, b, tau.repeat(len(i)))
-            predicted = logits_of(model, path).argmax(1).view(len(i), points)
+            predicted = batched_logits(model, path, batch_size).argmax(1).view(len(i), points)
             changes.append((predicted[:, 1:] != predicted[:, :-1]).sum(1))
     return torch.cat(changes).view(count, partners).to(x.dtype).mean(1) / points
 
@@ -177,12 +181,17 @@ def boundary_entropy(p: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     Returns:
         The entropy of each row.
 
+    Raises:
+        ValueError: if the values are no probabilities (as logits are).
+
     Example:
         >>> import torch
         >>> from assay.analysis import boundary_entropy
         >>> boundary_entropy(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]))
         tensor([0.6931, 0.0000])
     """
+    if not bool(((p >= 0) & (p <= 1 + 1e-3)).all()):
+        raise ValueError("p must hold probabilities in [0, 1]; of logits take logits.softmax(1)")
     return torch.special.entr(p).sum(1)
 
 

@@ -37,6 +37,17 @@ class Classifier(nn.Module):
         >>> scores = lambda model, x: model(pixels=x)["scores"]
         >>> Classifier(Named(4, 3), call=scores)(torch.zeros(2, 4)).shape
         torch.Size([2, 3])
+
+        A single logit of two classes is the second one if the first is 0:
+
+        >>> second = lambda model, x: torch.nn.functional.pad(model(x), (1, 0))
+        >>> Classifier(torch.nn.Linear(4, 1), call=second)(torch.zeros(2, 4)).shape
+        torch.Size([2, 2])
+
+        The inputs may also be what a model makes of token ids: with a transformer of Hugging Face,
+        `call=lambda model, x: model(inputs_embeds=x)` on
+        `x = model.get_input_embeddings()(ids).detach()`.
+
         >>> classifier = Classifier(torch.nn.Linear(4, 3), preprocess=torch.nn.LayerNorm(4))
         >>> classifier(torch.zeros(2, 4)).shape
         torch.Size([2, 3])
@@ -155,14 +166,32 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def batched_logits(model: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
-    """The same, a batch at a time."""
-    return torch.cat([logits_of(model, part) for part in x.split(batch_size)])
+    """The same, a batch at a time; NaN, of which no class could be told, is refused."""
+    logits = torch.cat([logits_of(model, part) for part in x.split(batch_size)])
+    if bool(logits.isnan().any()):
+        count = int(logits.isnan().any(1).sum())
+        raise ValueError(f"the model's logits are NaN for {count} of {len(x)} inputs")
+    return logits
 
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """The predicted classes, a batch at a time and without gradients."""
     return batched_logits(model, x).argmax(1)
+
+
+def check_inputs(name: str, x: Tensor) -> None:
+    """Refuse inputs between which there is no way to go, or that are not finite."""
+    if not x.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating-point inputs (N, ...), got {x.dtype}: turn pixels into "
+            "floats, token ids into embeddings, with Classifier(model, call=lambda model, x: "
+            "model(inputs_embeds=x))"
+        )
+    if x.ndim < 2:
+        raise ValueError(f"{name} must be inputs (N, ...), got shape {tuple(x.shape)}")
+    if x.numel() and not all(end.isfinite() for end in x.aminmax()):
+        raise ValueError(f"{name} holds values that are not finite")
 
 
 def as_logits(output: Any) -> Tensor:
@@ -174,11 +203,13 @@ def as_logits(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model must return logits, or an output that has them as .logits, got "
-            f"{type(output).__name__}: wrap it in Classifier(model, call=...)"
+            f"{type(output).__name__}: wrap it in Classifier(model, call=...), e.g. with "
+            "call=lambda model, x: model(x)[0] if they come first"
         )
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"logits must be of shape (N, C) with C ≥ 2, got {tuple(logits.shape)}: wrap the model "
-            "in Classifier(model, call=...)"
+            "in Classifier(model, call=...), with call=lambda model, x: "
+            "torch.nn.functional.pad(model(x), (1, 0)) if it gives one logit (N, 1) of two classes"
         )
     return logits

@@ -14,7 +14,14 @@ from torch.optim.lr_scheduler import StepLR
 
 from assay.analysis.autoencoder import Bounds, check_bounds, default_autoencoder
 from assay.analysis.boundary_geometry import between, nearest_neighbour
-from assay.analysis.classifier import batched_logits, embedding_of, frozen, logits_of, predict
+from assay.analysis.classifier import (
+    batched_logits,
+    check_inputs,
+    embedding_of,
+    frozen,
+    logits_of,
+    predict,
+)
 from assay.functional.bisection import bisect
 from assay.functional.training import Record, fit
 
@@ -144,7 +151,7 @@ def bisect_boundary(
 
     Raises:
         ValueError: if `s` equals `t` or one is no class of the model, the shapes differ, an end is
-            not in its class, or an option is out of range.
+            not in its class, the inputs are integers, a logit is NaN, or an option is out of range.
 
     Example:
         >>> import torch
@@ -160,7 +167,7 @@ def bisect_boundary(
         H. Karimi, T. Derr, J. Tang. Characterizing the decision boundary of deep neural networks.
         2019. https://arxiv.org/abs/1912.11460
     """
-    _check_inputs("a", a)
+    check_inputs("a", a)
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(
             f"a and b must be of one shape and dtype, got {tuple(a.shape)} {a.dtype} and "
@@ -234,7 +241,8 @@ class DeepDIG:
         ValueError: if `s` equals `t` or a setting is out of range; in `fit`, if an index is no
             class of the model, the labels are not as many as the inputs, or the inputs are empty or
             not within the bounds.
-        RuntimeError: in `fit`, if too few samples survive a stage; `generate` before `fit`.
+        RuntimeError: in `fit`, if the model puts too few samples in class s, or too few survive a
+            stage; `generate` before `fit`.
 
     Example:
         >>> import torch
@@ -326,6 +334,11 @@ class DeepDIG:
                 "samples": len(samples),
                 f"predicted {self.s}": int((predicted == self.s).sum()),
             }
+            if self.survivors[f"predicted {self.s}"] < self.min_survivors:
+                raise RuntimeError(
+                    f"the model puts too few samples in class {self.s} ({self._counts()}): give "
+                    "more samples of it, or a model that recognises them"
+                )
             torch.manual_seed(seeds[0])
             self.first, across = self._stage("I", samples, self.t)
             # Trained on all samples of the class; the pairs begin where the model agrees.
@@ -355,7 +368,7 @@ class DeepDIG:
         return bisect_boundary(self.model, a, b, self.s, self.t, tol=self.beta, max_iter=max_iter)
 
     def _check_samples(self, x: Tensor) -> None:
-        _check_inputs("x", x)
+        check_inputs("x", x)
         if len(x) == 0:
             raise ValueError(f"x holds no samples of class {self.s}")
         if self.bounds is not None:
@@ -399,12 +412,15 @@ class DeepDIG:
     def _survived(self, stage: str, kept: Tensor) -> None:
         self.survivors[f"component {stage}"] = int(kept.sum())
         if int(kept.sum()) < self.min_survivors:
-            counts = ", ".join(f"{name}: {count}" for name, count in self.survivors.items())
             raise RuntimeError(
                 f"component {stage} left too few samples between classes {self.s} and {self.t} "
-                f"({counts}; min_survivors={self.min_survivors}): train longer (steps={self.steps})"
-                f" or weigh the classifier more (alpha={self.alpha})"
+                f"({self._counts()}): train longer (steps={self.steps}) or weigh the classifier "
+                f"more (alpha={self.alpha})"
             )
+
+    def _counts(self) -> str:
+        counts = [f"{name}: {count}" for name, count in self.survivors.items()]
+        return f"{', '.join(counts)}; min_survivors={self.min_survivors}"
 
 
 def random_pairs(
@@ -498,7 +514,7 @@ def nearest_embedding_pairs(
 def _rightly_classified(
     model: nn.Module, x: Tensor, y: Tensor, s: int, t: int
 ) -> tuple[Tensor, Tensor]:
-    _check_inputs("x", x)
+    check_inputs("x", x)
     _check_labels(y, x)
     candidates = ((y == s) | (y == t)).nonzero().squeeze(1)
     with frozen(model), torch.no_grad():
@@ -562,15 +578,6 @@ class _Draws:
 
 def _cuda_devices(x: Tensor) -> list[torch.device]:
     return [x.device] if x.device.type == "cuda" else []
-
-
-def _check_inputs(name: str, x: Tensor) -> None:
-    if x.ndim < 2 or not x.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating-point inputs (N, ...), got {tuple(x.shape)} {x.dtype}"
-        )
-    if x.numel() and not all(end.isfinite() for end in x.aminmax()):
-        raise ValueError(f"{name} holds values that are not finite")
 
 
 def _check_labels(y: Tensor, x: Tensor) -> None:

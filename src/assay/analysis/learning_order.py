@@ -161,16 +161,18 @@ class CorrectnessRecorder:
         arrays = zip(state["extents"], state["packed"], state["seen"], strict=True)
         self._packed, self._seen = {}, {}
         for extent, packed, seen in arrays:
-            self._packed[extent] = packed.numpy().copy()
-            self._seen[extent] = seen.numpy().copy()
+            self._packed[extent] = packed.cpu().numpy().copy()
+            self._seen[extent] = seen.cpu().numpy().copy()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the records to a file.
+        """Write the records to a file, at once: who is killed meanwhile keeps the old one.
 
         Args:
             path: of the file; replaced if it exists.
         """
-        torch.save(self.state_dict(), path)
+        unfinished = f"{os.fspath(path)}.unfinished"
+        torch.save(self.state_dict(), unfinished)
+        os.replace(unfinished, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "CorrectnessRecorder":
@@ -246,7 +248,7 @@ def tp_agreement(correct: Shaped[Tensor, "*e n x"]) -> Float[Tensor, "*e x"]:
     return _right_or_wrong(correct).double().mean(dim=-2)
 
 
-def total_agreement(predictions: Int[Tensor, "*e n x"]) -> Float[Tensor, "*e x"]:
+def total_agreement(predictions: Shaped[Tensor, "*e n x"]) -> Float[Tensor, "*e x"]:
     """The largest share of models that predict one class, right or wrong, for each example.
 
     Args:
@@ -256,7 +258,7 @@ def total_agreement(predictions: Int[Tensor, "*e n x"]) -> Float[Tensor, "*e x"]
         Shares in [1/N, 1], float64. At least the TP-agreement.
 
     Raises:
-        ValueError: if there are fewer than three models.
+        ValueError: if there are fewer than three models, or the predictions are no class indices.
 
     Example:
         >>> import torch
@@ -265,6 +267,11 @@ def total_agreement(predictions: Int[Tensor, "*e n x"]) -> Float[Tensor, "*e x"]
         tensor([0.6667, 1.0000], dtype=torch.float64)
     """
     _check_models(predictions, "predictions")
+    if predictions.is_floating_point():
+        raise ValueError(
+            f"predictions must be class indices, got {predictions.dtype}; of logits take "
+            "logits.argmax(-1)"
+        )
     votes = torch.zeros_like(predictions[..., 0, :])
     for one in predictions.unbind(dim=-2):
         votes = torch.maximum(votes, (predictions == one.unsqueeze(-2)).sum(dim=-2))
@@ -506,7 +513,8 @@ def class_table(
 
     Raises:
         ValueError: if there are fewer than three models or no extents, the labels are not as many
-            as the examples, or values are neither right nor wrong.
+            as the examples, `classes` does not name one of them, or values are neither right nor
+            wrong.
 
     Example:
         >>> import torch
@@ -520,8 +528,14 @@ def class_table(
         raise ValueError(
             f"labels must be as many as the {correct.shape[-1]} examples, got {len(labels)}"
         )
+    labels = labels.to(correct.device)
+    found = labels.unique().tolist()
+    if classes is not None and found and not 0 <= found[0] <= found[-1] < len(classes):
+        raise ValueError(
+            f"classes names {len(classes)} classes, the labels are from {found[0]} to {found[-1]}"
+        )
     rows: list[dict[str, float | str]] = []
-    for label in map(int, labels.unique()):
+    for label in map(int, found):
         mine = correct[..., labels == label]
         rows.append(
             {
@@ -610,10 +624,10 @@ def order_correlation(
         )
     x, y = a.double().cpu().numpy(), b.double().cpu().numpy()
     for name, values in (("a", x), ("b", y)):
-        if not values.min() < values.max():  # also NaN
+        if not (np.isfinite(values).all() and values.min() < values.max()):
             raise ValueError(
-                f"{name} must differ between examples and be finite: a correlation with "
-                f"{values[0]:g} everywhere is not defined"
+                f"{name} must be finite and differ between examples, got values from "
+                f"{values.min():g} to {values.max():g}"
             )
     estimate = float(_correlation(x, y, method))
     if ci is None:
@@ -758,7 +772,7 @@ def from_staged(
 
     Args:
         estimators: one fitted estimator or a sequence of them.
-        x: inputs as the estimators take them, `(X, features)`.
+        x: inputs as the estimators take them, `(X, features)`: array, data frame, sparse matrix.
         y: true classes `(X,)`.
         stages: the numbers of rounds to keep, from 1; None for all. An estimator that stopped
             earlier stays as it was at its end.
@@ -767,8 +781,9 @@ def from_staged(
         Correctness, stages × estimators × examples.
 
     Raises:
-        TypeError: if an estimator has no `staged_predict`.
-        ValueError: if there are no estimators, or a stage is not positive.
+        TypeError: if an estimator has no `staged_predict`, or is no fitted classifier.
+        ValueError: if there are no estimators or no stages, a stage is not positive, or `y` has
+            another shape or none of an estimator's classes.
 
     Example:
         >>> from sklearn.ensemble import AdaBoostClassifier
@@ -781,17 +796,24 @@ def from_staged(
     if not collection:
         raise ValueError("estimators is empty: expected at least one fitted estimator")
     labels = np.asarray(y)
+    if labels.ndim != 1:
+        raise ValueError(f"y must hold one class an example, (X,), got shape {labels.shape}")
     records = []
     for estimator in collection:
+        name = type(estimator).__name__
         if not hasattr(estimator, "staged_predict"):
-            raise TypeError(
-                f"estimators must have staged_predict, {type(estimator).__name__} has not"
+            raise TypeError(f"estimators must have staged_predict, {name} has not")
+        if not hasattr(estimator, "classes_"):
+            raise TypeError(f"estimators must be fitted classifiers, {name} has no classes_")
+        if not np.isin(labels, estimator.classes_).any():
+            raise ValueError(
+                f"y holds none of the classes of {name}: {labels[:3]} against "
+                f"{estimator.classes_[:3]}"
             )
-        inputs = np.asarray(x)
-        records.append(np.stack([p == labels for p in estimator.staged_predict(inputs)]))
+        records.append(np.stack([p == labels for p in estimator.staged_predict(x)]))
     chosen = range(1, max(map(len, records)) + 1) if stages is None else stages
-    if any(stage < 1 for stage in chosen):
-        raise ValueError(f"stages count from 1, got {list(chosen)}")
+    if len(chosen) == 0 or any(stage < 1 for stage in chosen):
+        raise ValueError(f"stages must be one or more numbers from 1, got {list(chosen)}")
     rows = [[record[min(stage, len(record)) - 1] for record in records] for stage in chosen]
     return torch.from_numpy(np.array(rows, dtype=bool))
 

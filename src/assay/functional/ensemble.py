@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from assay.functional.batchnorm import running_norms
 from assay.functional.modes import evaluating
+from assay.functional.products import plain_attention
 from assay.functional.training import Record, fit
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -29,6 +30,8 @@ ELEMENTWISE = (
     nn.Dropout,
 )
 IGNORED = -100  # the target that torch's cross-entropy leaves out
+# Attributes of a module that say how it computes.
+SETTINGS = (bool, int, float, complex, str, tuple, type(None), Tensor)
 
 
 class Ensemble(nn.Module):
@@ -50,7 +53,10 @@ class Ensemble(nn.Module):
             with a cumulative average are recognised and always run in a loop.
 
     Raises:
-        ValueError: if there are no models, or their layers, shapes or dtypes differ.
+        ValueError: if there are no models, or they differ in more than the values of parameters and
+            buffers: in layers, shapes, dtypes, or a setting such as a number of heads or a tensor
+            that is not registered as a buffer.
+        TypeError: in a forward pass, if the models return something else than a tensor.
 
     Example:
         >>> import torch
@@ -79,6 +85,7 @@ class Ensemble(nn.Module):
             raise ValueError("models is empty: expected at least one model")
         for number, model in enumerate(models):
             _check_same_structure(models[0], model, number)
+            _check_same_settings(models[0], model, number)
         self.num_models = len(models)
         self.vectorize = vectorize
         self.stacked = _combined(models, torch.stack)
@@ -158,7 +165,12 @@ class Ensemble(nn.Module):
             run = torch.func.vmap(
                 self._one, in_dims=(0, None if shared else 0), randomness="different"
             )
-            outputs, rebound = run(tensors, x)
+            try:
+                with plain_attention():
+                    outputs, rebound = run(tensors, x)
+            except RuntimeError as error:
+                error.add_note("If vmap cannot run this model: Ensemble(models, vectorize=False)")
+                raise
         else:
             # unbind, not indexing: its derivative is one stack instead of M padded tensors.
             split = {name: tensor.unbind() for name, tensor in tensors.items()}
@@ -176,6 +188,11 @@ class Ensemble(nn.Module):
         """One member's output, and the buffers that its forward pass replaced by new tensors."""
         before = dict(tensors)
         output = torch.func.functional_call(self.stacked, tensors, (x,))
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the models must return a tensor, got {type(output).__name__}: wrap each in a "
+                "module that returns the one that is needed, e.g. its logits"
+            )
         return output, {name: new for name, new in tensors.items() if new is not before[name]}
 
 
@@ -208,6 +225,32 @@ def _check_same_structure(first: nn.Module, model: nn.Module, number: int) -> No
                 f"{name or 'the model itself'!r}: {here.get(name, 'nothing')} in model 0, "
                 f"{there.get(name, 'nothing')} in model {number}"
             )
+
+
+def _check_same_settings(first: nn.Module, model: nn.Module, number: int) -> None:
+    for (name, here), there in zip(first.named_modules(), model.modules(), strict=True):
+        if here._forward_pre_hooks:  # they make attributes anew, as old-style weight norm does
+            continue
+        for key, value in vars(here).items():
+            other = vars(there).get(key)
+            if key == "training" or _same(value, other):
+                continue
+            raise ValueError(
+                "members may differ in their parameters and buffers only, but "
+                f"{f'{name}.{key}' if name else key!r} of model {number} is another than that of "
+                "model 0; register it as a buffer if each member has its own"
+            )
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two attributes are the same, as far as that can be told."""
+    if not isinstance(one, SETTINGS):
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other) and bool(one == other)
 
 
 def _structure(model: nn.Module) -> dict[str, str]:
@@ -390,7 +433,11 @@ class EnsembleLoss(nn.Module):
             )
             counted = (targets != IGNORED).flatten(1).sum(dim=1)
             return samples.unflatten(0, targets.shape[:2]).flatten(1).sum(dim=1) / counted
-        return torch.func.vmap(self.loss_fn, randomness="different")(outputs, targets)
+        try:
+            return torch.func.vmap(self.loss_fn, randomness="different")(outputs, targets)
+        except RuntimeError:  # what vmap cannot run, e.g. a mask that selects samples
+            pairs = zip(outputs, targets, strict=True)
+            return torch.stack([self.loss_fn(output, target) for output, target in pairs])
 
 
 class EnsembleBatches:
