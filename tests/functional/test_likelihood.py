@@ -15,6 +15,9 @@ LOSSES = {
     "weighted": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5, 3.0]).double()),
     "smoothed": nn.CrossEntropyLoss(label_smoothing=0.2),
     "ignoring": nn.CrossEntropyLoss(ignore_index=1),
+    "weighted-smoothed-ignoring": nn.CrossEntropyLoss(
+        weight=torch.tensor([1.0, 2.0, 0.5, 3.0]).double(), label_smoothing=0.2, ignore_index=1
+    ),
     "squared": nn.MSELoss(),
     "squared-sum": nn.MSELoss(reduction="sum"),
     "binary": nn.BCEWithLogitsLoss(),
@@ -94,10 +97,24 @@ def test_what_is_not_supported_is_refused():
         Likelihood.of(nn.L1Loss())
     with pytest.raises(ValueError, match="reduction"):
         Likelihood.of(nn.MSELoss(reduction="none"))
-    weighted = nn.CrossEntropyLoss(weight=torch.ones(3), label_smoothing=0.1)
-    with pytest.raises(ValueError, match="label_smoothing"):
-        Likelihood.of(weighted).factor(torch.zeros(2, 3), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="no `reduction`"):
         per_sample_loss(nn.Identity())
     with pytest.raises(ValueError, match="takes no `reduction`"):
         per_sample_loss(lambda z, y: z.sum())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 0.5, 3.0]).double()])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_roots_for_targets_that_are_probabilities_or_sum_to_anything(shape, weight, smoothing):
+    z, _ = _problem("cross-entropy", SHAPES[shape])
+    target = torch.rand(z.shape, generator=torch.Generator().manual_seed(1)).double()
+    loss = nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
+    likelihood = Likelihood.of(loss)
+    columns = likelihood.factor(z, target).flatten(2)
+    blocks = likelihood.scale(z, target) * torch.einsum("kna,knb->nab", columns, columns)
+    size = z[0].numel()
+    dense = torch.autograd.functional.hessian(lambda z: loss(z, target), z)
+    dense = dense.reshape(len(z), size, len(z), size)
+    for n in range(len(z)):
+        torch.testing.assert_close(blocks[n], dense[n, :, n])

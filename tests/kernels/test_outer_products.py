@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numba import njit
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from assay.curvature import compute
 from assay.kernels import outer_products as module
@@ -94,12 +95,27 @@ def test_the_kernel_passes_the_cache_by(number):
 
 
 def test_large_individual_gradients_are_those_of_the_formula(threads):
-    """Large enough for the kernel without being told."""
+    """Large enough for the kernel without being told, in new memory and in that of a result."""
     torch.manual_seed(0)
     net, x, y = torch.nn.Linear(517, 263), torch.randn(70, 517), torch.randint(263, (70,))
     assert module.LARGE < 70 * 517 * 263 * 4
     loss_fn = torch.nn.CrossEntropyLoss()
-    found = compute(net, loss_fn, x, y, ["grad_batch"])["grad_batch"]
     residual = net(x).softmax(1) - torch.nn.functional.one_hot(y, 263)
     wanted = residual.detach()[:, :, None] * x[:, None, :]
-    torch.testing.assert_close(found["weight"], wanted, rtol=1e-4, atol=1e-6)
+    new = compute(net, loss_fn, x, y, ["grad_batch"])
+    torch.testing.assert_close(new["grad_batch"]["weight"], wanted, rtol=1e-4, atol=1e-6)
+    earlier = new["grad_batch"]["weight"]
+    earlier.zero_()
+    again = compute(net, loss_fn, x, y, ["grad_batch"], out=new)["grad_batch"]["weight"]
+    assert again.data_ptr() == earlier.data_ptr()
+    torch.testing.assert_close(again, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("kernel_for_all")
+def test_tensors_without_memory_or_between_numbers_are_left_to_torch():
+    left, right = factors(3, 4, 32, torch.float32)
+    wanted = left[:, :, None] * right[:, None, :]
+    between = torch.frombuffer(bytearray(4 * wanted.numel() + 2), dtype=torch.float32, offset=2)
+    assert torch.equal(outer_products(left, right, between.view(wanted.shape)), wanted)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert outer_products(left, right, torch.empty(3, 4, 32)).shape == (3, 4, 32)

@@ -55,3 +55,13 @@ def test_what_the_kernel_does_not_know_is_left_to_torch():
     low, kept = variance(second.bfloat16(), mean.bfloat16(), SHARE)
     assert low.dtype == torch.bfloat16
     assert kept
+
+
+def test_tensors_without_memory_are_left_to_torch():
+    class Own(torch.Tensor):
+        pass
+
+    second, mean = torch.rand(5) + 1, torch.rand(5)
+    found, kept = variance(second.as_subclass(Own), mean.as_subclass(Own), SHARE)
+    assert type(found) is Own
+    assert kept

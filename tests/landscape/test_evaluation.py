@@ -343,3 +343,225 @@ def test_a_loss_that_is_no_scalar_is_refused() -> None:
             {"all": (x, y)},
             loss_fn=nn.CrossEntropyLoss(reduction="none"),
         )
+
+
+class Tokens(nn.Module):
+    """Logits of every token `(N, T, V)`, as language models give them; tied, with two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(
+        self, tokens: torch.Tensor, padding: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        hidden = self.layer(self.embedding(tokens), src_key_padding_mask=padding)
+        return {"logits": self.head(hidden)}
+
+
+def of_tokens(output: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(output["logits"].flatten(0, 1), target.flatten())
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "mapping"])
+def test_inputs_of_any_form_at_points_in_a_plane_and_along_directions(form: str) -> None:
+    torch.manual_seed(0)
+    net = Tokens().double()
+    tokens, padding = torch.randint(11, (6, 5)), torch.zeros(6, 5, dtype=torch.bool)
+    padding[:3, 3:] = True
+    y = torch.randint(11, (6, 5)).masked_fill(padding, -100)
+    inputs = {
+        "tensor": tokens, "tuple": (tokens, padding),
+        "mapping": {"tokens": tokens, "padding": padding},
+    }[form]  # fmt: skip
+    given = padding if form != "tensor" else None
+    plane = random_plane(net, generator=torch.Generator().manual_seed(0))
+    start = parameters_to_vector(net)
+    points = [start + a * plane[0] for a in (0.0, 0.5)]
+    expected = []
+    one = copy.deepcopy(net).eval()
+    for point in points:
+        vector_to_parameters(point, one)
+        expected.append(of_tokens(one(tokens, given), y).item())
+    sets = {"all": (inputs, y)}
+    assert evaluate(net, points, sets, loss_fn=of_tokens)["all"].loss.tolist() == pytest.approx(
+        expected, rel=1e-10
+    )
+    scan = scan_plane(net, plane, sets, first=[0.0, 0.5], second=[0.0], loss_fn=of_tokens)
+    assert scan["all"].loss.tolist() == pytest.approx(expected, rel=1e-10)
+    name = "layer.linear1.weight"
+    along = F.normalize(torch.randn(2, 128), dim=1).double()
+    for chunk_size in (64, 1):
+        found = flatness(
+            net, of_tokens, (inputs, y), along, params=[name], level=1.01, chunk_size=chunk_size
+        )
+        assert found.loss == pytest.approx(expected[0], rel=1e-10)
+
+
+def test_classes_may_be_the_second_dimension_or_the_last_but_are_not_guessed() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 4).double()
+    last, second = nn.Linear(4, 3).double(), nn.Conv1d(4, 3, 1).double()
+    square = nn.Linear(4, 4).double()
+    y = torch.randint(3, (6, 4))
+
+    def flat(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    def accuracy(net: nn.Module, loss_fn=F.cross_entropy) -> float | None:
+        points = [parameters_to_vector(net)]
+        found = evaluate(net, points, {"all": (x, y)}, loss_fn=loss_fn)["all"].accuracy
+        return None if found is None else found.item()
+
+    def share(predicted: torch.Tensor) -> float:
+        return (predicted == y).double().mean().item()
+
+    assert accuracy(last, flat) == pytest.approx(share(last(x).argmax(2)))
+    assert accuracy(second) == pytest.approx(share(second(x).argmax(1)))
+    assert accuracy(square, flat) is None  # (6, 4, 4): which are the classes?
+    assert accuracy(square) == pytest.approx(share(square(x).argmax(1)))  # torch's loss says it
+
+
+WEIGHTS = torch.tensor([0.2, 5.0, 1.0, 0.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        F.cross_entropy,
+        nn.CrossEntropyLoss(weight=WEIGHTS),
+        nn.CrossEntropyLoss(weight=WEIGHTS, ignore_index=1),
+        nn.CrossEntropyLoss(weight=WEIGHTS, reduction="sum"),
+        functools.partial(F.cross_entropy, weight=WEIGHTS, label_smoothing=0.1),
+        functools.partial(F.cross_entropy, reduction="sum"),
+    ],
+)
+def test_the_mean_does_not_depend_on_how_samples_are_divided_into_batches(loss_fn) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    x, y = torch.randn(12, 4).double(), torch.randint(4, (12,))
+    y[:5] = torch.tensor([-100, 1, 3, 3, -100])
+    if getattr(loss_fn, "ignore_index", -100) == 1:
+        y[y == -100] = 1
+    batches = [(x[:1], y[:1]), (x[1:4], y[1:4]), (x[4:5], y[4:5]), (x[5:5], y[5:5]), (x[5:], y[5:])]
+    point, line = parameters_to_vector(net), torch.eye(49).double()[:1]
+    as_mean = loss_fn
+    if isinstance(loss_fn, functools.partial):
+        as_mean = functools.partial(loss_fn.func, **(loss_fn.keywords | {"reduction": "mean"}))
+    elif isinstance(loss_fn, nn.Module):
+        as_mean = nn.CrossEntropyLoss(WEIGHTS, ignore_index=loss_fn.ignore_index)
+    expected = as_mean(net(x), y).item()
+    basis = torch.ones(2, 1).double()
+    for data in (batches, (x, y)):
+        losses = [
+            evaluate(net, [point], {"a": data}, loss_fn=loss_fn)["a"].loss.item(),
+            evaluate_span(net, point[None], basis, {"a": data}, loss_fn=loss_fn)["a"].loss[1],
+            flatness(net, loss_fn, data, line).loss,
+        ]
+        assert losses == pytest.approx([expected] * 3, rel=1e-10)
+    nothing = x[2:4], torch.full((2,), getattr(loss_fn, "ignore_index", -100))
+    with pytest.raises(ValueError, match="ignored"):
+        flatness(net, loss_fn, nothing, line)
+
+
+def test_points_are_taken_in_the_precision_of_the_model() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    sets = {"a": (torch.randn(6, 4), torch.randint(3, (6,)))}
+    point = parameters_to_vector(net).double()
+    expected = evaluate(net, [point.float()], sets)["a"].loss
+    assert torch.equal(evaluate(net, [point], sets)["a"].loss, expected)
+    one = torch.ones(1, 1)
+    torch.testing.assert_close(evaluate_span(net, point[None], one, sets)["a"].loss, expected)
+
+
+def test_no_more_outputs_are_held_than_weight_vectors_at_once() -> None:
+    alive, most = 0, 0
+
+    class Output(dict):  # of any class that vmap does not see into
+        def __init__(self, logits: torch.Tensor) -> None:
+            nonlocal alive, most
+            super().__init__(logits=logits)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, x: torch.Tensor) -> Output:
+            return Output(self.layer(x))
+
+    net, x, y = Net(), torch.randn(4, 2), torch.randint(3, (4,))
+
+    def loss_fn(output: Output, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output["logits"], target)
+
+    axis = torch.linspace(-1, 1, 8)
+    scan_plane(
+        net, random_plane(net), {"a": (x, y)}, first=axis, second=axis, loss_fn=loss_fn,
+        chunk_size=4,
+    )  # fmt: skip
+    assert most <= 2 * 4 + 1  # one part is made while the last one is let go
+
+
+def test_a_submodule_with_two_names_keeps_its_weights() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+    torch.manual_seed(0)
+    net = Twice().double()
+    before = [(p, p.detach().clone()) for p in net.parameters()]
+    x, y = torch.randn(12, 4).double(), torch.randint(3, (12,))
+    directions = F.normalize(torch.randn(2, 16).double(), dim=1)
+    found = flatness(
+        net, F.cross_entropy, (x, y), directions, params=["first.weight"], level=1.1, rtol=1e-9
+    )
+    scan_plane(net, random_plane(net), {"a": (x, y)}, first=[0.0], second=[1.0])
+    assert all(p is q for p, (q, _) in zip(net.parameters(), before, strict=True))
+    assert all(torch.equal(p, value) for p, value in before)
+    assert all(found.right.isfinite())
+    with torch.no_grad():
+        net.first.weight += found.right[0] * directions[0].view(4, 4)
+    assert F.cross_entropy(net(x), y).item() == pytest.approx(1.1 * found.loss, rel=1e-7)
+
+
+def test_models_that_vmap_cannot_run() -> None:
+    class Flow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = self.layer(x)
+            return out if out.sum().item() > 0 else 2 * out
+
+    torch.manual_seed(0)
+    net, data = Flow(), (torch.randn(6, 4), torch.arange(6) % 3)
+    line = torch.eye(15)[:2]
+    loss = F.cross_entropy(net(data[0]), data[1]).item()
+    found = flatness(net, F.cross_entropy, data, line, chunk_size=1)
+    assert found.loss == pytest.approx(loss, rel=1e-6)
+    statistics = minibatch_statistics(net, F.cross_entropy, [data, data], line, chunk_size=1)
+    assert statistics.slope_variance.tolist() == [0.0, 0.0]
+    for wrong in (
+        lambda: flatness(net, F.cross_entropy, data, line, chunk_size=0),
+        lambda: evaluate_span(net, line, torch.ones(1, 2), {"a": data}, chunk_size=0),
+    ):
+        with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+            wrong()

@@ -427,3 +427,75 @@ def test_axes_of_a_scan_are_checked(axis):
             net, random_plane(net), {"train": (torch.ones(2, 2), torch.arange(2))},
             first=[0.0], second=axis,
         )  # fmt: skip
+
+
+def test_a_plane_of_some_parameters_leaves_the_others() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    net[0].requires_grad_(False)
+    sets = {"a": (torch.randn(8, 4).double(), torch.arange(8) % 3)}
+    plane = random_plane(net, params=["2.weight"])
+    assert plane.shape == (2, 18)
+    rows = plane.view(2, 3, 6)
+    torch.testing.assert_close(rows.norm(dim=2), net[2].weight.norm(dim=1).expand(2, 3))
+    axis = [-1.0, 0.0, 2.0]
+    for origin in (None, torch.randn(18, dtype=torch.float64)):
+        found = scan_plane(
+            net, plane, sets, first=axis, second=[0.5], origin=origin, params=["2.weight"]
+        )
+        centre = net[2].weight if origin is None else origin.view(3, 6)
+        for a, loss in zip(axis, found["a"].loss, strict=True):
+            weight = centre + a * rows[0] + 0.5 * rows[1]
+            out = F.linear(net[1](net[0](sets["a"][0])), weight, net[2].bias)
+            assert loss.item() == pytest.approx(F.cross_entropy(out, sets["a"][1]).item())
+    for wrong in ({"origin": torch.zeros(3).double()}, {"params": None}, {"params": ["0.weight"]}):
+        arguments = {"params": ["2.weight"]} | wrong
+        with pytest.raises(ValueError, match=r"must have shape|is frozen"):
+            scan_plane(net, plane, sets, first=axis, second=axis, **arguments)
+
+
+def test_masks_from_images_and_in_other_sizes(tmp_path):
+    from PIL import Image
+
+    grey = np.array([[0, 255, 90], [255, 0, 255]], dtype=np.uint8)
+    alpha = np.array([[255, 255, 0], [255, 255, 255]], dtype=np.uint8)
+    drawn = np.stack([grey, grey, grey, alpha], axis=2)
+    Image.fromarray(drawn).save(tmp_path / "icon.png")
+    Image.fromarray(grey).save(tmp_path / "grey.bmp")
+    assert load_mask(tmp_path / "icon.png").tolist() == [[1, -1, 0], [-1, 1, -1]]
+    assert load_mask(str(tmp_path / "grey.bmp")).tolist() == [[1, -1, 1], [-1, 1, -1]]
+    assert load_mask("#.\n.#", size=(4, 2)).tolist() == [[1, -1]] * 2 + [[-1, 1]] * 2
+    with pytest.raises(ValueError, match="size must be positive"):
+        load_mask("#.", size=(0, 2))
+    (tmp_path / "noise.bin").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match="a mask in text"):
+        load_mask(tmp_path / "noise.bin")
+
+
+def test_models_of_other_shapes_but_as_many_weights_are_no_plane():
+    with pytest.raises(ValueError, match="one architecture"):
+        PlaneModel([nn.Linear(2, 3), nn.Linear(8, 1), nn.Linear(2, 3)])
+
+
+def test_axes_that_are_not_made_orthogonal_have_a_penalty():
+    plane, _ = _plane(orthogonal=False)
+    u, r = (axis.detach() for axis in plane.axes())
+    skewness = plane.skewness()
+    by_hand = (u @ r) ** 2 + (u.norm() - r.norm()) ** 2
+    assert skewness.item() == pytest.approx(by_hand.item(), rel=1e-6)
+    adam = torch.optim.Adam(plane.parameters(), lr=1e-2)
+    for _ in range(300):
+        adam.zero_grad()
+        plane.skewness().backward()
+        adam.step()
+    assert plane.skewness().item() < 1e-4 * skewness.item()
+    assert _plane()[0].skewness().item() < 1e-6
+
+
+def test_a_layer_with_two_names_keeps_its_parameters():
+    net = Custom().double()
+    net.again = net.middle
+    before = [(p, p.detach().clone()) for p in net.parameters()]
+    found = embed_pattern(net, waves, LABELS, generator=torch.Generator().manual_seed(0))
+    assert found.sup_error < 0.5
+    assert all(p is q for p, (q, _) in zip(net.parameters(), before, strict=True))

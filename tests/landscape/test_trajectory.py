@@ -246,3 +246,9 @@ def test_mistakes_are_named():
         variance_flatness_fit(torch.full((5,), math.inf), torch.ones(5), first=1)
     with pytest.raises(ValueError, match="at least 3 snapshots"):
         TrajectoryPCA().fit(torch.ones(2, 4))
+    with pytest.raises(ValueError, match="did the training diverge"):
+        TrajectoryPCA().fit(torch.tensor([[1.0], [math.nan], [2.0]]))
+    with pytest.raises(ValueError, match="from 1 on, got 0"):
+        variance_flatness_fit(torch.ones(5), torch.ones(5), first=0)
+    with pytest.raises(ValueError, match=r"center must have shape \(2,\)"):
+        flatness(model, mean_output, DATA, torch.eye(2).double(), center=torch.zeros(3).double())

@@ -1,6 +1,7 @@
 """DiagGGN and KFAC make the steps that their formulas say."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from assay.curvature import compute
+from assay.distributed.testing import spawn
 from assay.optim import KFAC, DiagGGN
 
 LOSS = nn.CrossEntropyLoss()
@@ -121,7 +123,7 @@ def test_bad_arguments(kind):
             kind(model, LOSS, **bad)
     optimizer = kind(model, LOSS)
     with pytest.raises(TypeError, match="closure"):
-        optimizer.step(None)
+        optimizer.step()
     with pytest.raises(RuntimeError, match="backward"):
         optimizer.step(lambda: LOSS(model(x), y))
 
@@ -196,3 +198,143 @@ def test_a_learning_rate_of_ones_own_is_not_clipped(kind):
     assert kind(model, LOSS, lr=0.1).kl_clip is None
     assert kind(model, LOSS).kl_clip == 1e-3
     assert kind(model, LOSS).param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("kind", [DiagGGN, KFAC])
+@pytest.mark.parametrize("update_freq", [1, 3])
+def test_a_resumed_training_is_the_same_bit_for_bit(kind, update_freq, tmp_path):
+    def training(seed):
+        model, x, y = _problem()
+        draws = torch.Generator().manual_seed(seed)
+        groups = [
+            {"params": [model[0].weight, model[2].weight], "l2": 0.02},
+            {"params": [model[0].bias, model[2].bias], "lr": 0.05, "damping": 0.3},
+        ]
+        optimizer = kind(
+            model, LOSS, lr=0.2, update_freq=update_freq, generator=draws, params=groups
+        )
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+
+        def go(steps):
+            for _ in range(steps):
+                optimizer.step(_closure(optimizer, model, x, y))
+                scheduler.step()
+
+        return model, optimizer, scheduler, draws, go
+
+    model, optimizer, scheduler, draws, go = training(0)
+    go(4)
+    states = [thing.state_dict() for thing in (model, optimizer, scheduler)]
+    torch.save([*states, draws.get_state()], tmp_path / "checkpoint.pt")
+    go(5)
+    resumed = training(7)
+    *states, drawn = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for thing, state in zip(resumed, states, strict=False):
+        thing.load_state_dict(state)
+    resumed[3].set_state(drawn)
+    resumed[4](5)
+    for p, q in zip(model.parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("kind", [DiagGGN, KFAC])
+def test_groups_have_settings_of_their_own(kind):
+    model, x, y = _problem()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    quantity = "diag_ggn" if kind is DiagGGN else "kflr"
+    found = compute(model, LOSS, x, y, ["grad", quantity])
+    groups = [
+        {"params": [model[0].weight], "lr": 0.3, "damping": 0.2, "l2": 0.01},
+        {"params": [model[2].bias]},
+    ]
+    optimizer = kind(model, LOSS, lr=0.1, damping=0.5, mc_samples=None, params=groups)
+    optimizer.step(_closure(optimizer, model, x, y))
+    for name, lr, damping, l2 in (("0.weight", 0.3, 0.2, 0.01), ("2.bias", 0.1, 0.5, 0.0)):
+        gradient = found["grad"][name] + l2 * before[name]
+        if kind is DiagGGN:
+            step = gradient / (found[quantity][name] + damping + l2)
+        else:
+            step = found[quantity][name].inv(damping + l2).matmul(gradient)
+        torch.testing.assert_close(model.get_parameter(name).detach(), before[name] - lr * step)
+    for name in ("0.bias", "2.weight"):  # of no group
+        assert torch.equal(model.get_parameter(name), before[name])
+    for bad in ({"lr": -1.0}, {"damping": 0.0}, {"l2": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            kind(model, LOSS, params=[{"params": [model[0].weight], **bad}])
+
+
+@pytest.mark.parametrize("kind", [DiagGGN, KFAC])
+def test_parameters_are_frozen_and_trained_on_the_way(kind):
+    model, x, y = _problem()
+    first, last = list(model[0].parameters()), list(model[2].parameters())
+    model[0].requires_grad_(False)
+    optimizer = kind(model, LOSS, lr=0.1, update_freq=4)
+    kept = [p.clone() for p in first]
+    optimizer.step(_closure(optimizer, model, x, y))
+    assert all(torch.equal(p, q) for p, q in zip(first, kept, strict=True))
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": first})
+    optimizer.step(_closure(optimizer, model, x, y))  # before its turn: these have no curvature yet
+    assert not any(torch.equal(p, q) for p, q in zip(first, kept, strict=True))
+    model[2].requires_grad_(False)
+    kept = [p.clone() for p in last]
+    for _ in range(4):
+        optimizer.step(_closure(optimizer, model, x, y))
+    assert all(torch.equal(p, q) for p, q in zip(last, kept, strict=True))
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    with pytest.raises(RuntimeError, match="not one of the model's"):
+        optimizer.step(_closure(optimizer, model, x, y))
+
+
+@pytest.mark.parametrize("kind", [DiagGGN, KFAC])
+def test_a_compiled_model_is_that_model(kind):
+    (model, x, y), (other, _, _) = _problem(), _problem()
+    compiled = torch.compile(other, backend="eager")
+    for called in (model, compiled):
+        optimizer = kind(called, LOSS, lr=0.1, mc_samples=None)
+        optimizer.step(_closure(optimizer, called, x, y))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def _replica(kind, shares):
+    model, x, y = _problem()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    rows = shares[torch.distributed.get_rank()]
+    optimizer = kind(parallel, LOSS, lr=0.1, mc_samples=None)
+    for _ in range(2):
+        optimizer.step(_closure(optimizer, parallel, x[rows], y[rows]))
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", [DiagGGN, KFAC])
+def test_processes_make_the_steps_of_the_whole_batch(kind):
+    model, x, y = _problem()
+    optimizer = kind(model, LOSS, lr=0.1, mc_samples=None)
+    for _ in range(2):
+        optimizer.step(_closure(optimizer, model, x, y))
+    first, second = spawn(_replica, 2, kind, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    for p, q, whole in zip(first, second, model.parameters(), strict=True):
+        assert torch.equal(p, q)
+        torch.testing.assert_close(p, whole.detach())
+
+
+@pytest.mark.parametrize("kind", [DiagGGN, KFAC])
+def test_old_curvature_does_not_wait_for_the_garbage_collector(kind):
+    model, x, y = _problem()
+    optimizer = kind(model, LOSS)
+
+    def tensors():
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+    optimizer.step(_closure(optimizer, model, x, y))
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(5):
+            optimizer.step(_closure(optimizer, model, x, y))
+        assert tensors() <= before
+    finally:
+        gc.enable()

@@ -22,6 +22,8 @@ SAMPLE = "sample"
 """Mark of a tensor that depends on the inputs."""
 
 _MARK = "_curvature_mark"
+"""Attribute of a tensor: `SAMPLE`, or the names of the parameters that it is made of."""
+
 _LOSSES = {
     F.cross_entropy: nn.CrossEntropyLoss,
     F.mse_loss: nn.MSELoss,
@@ -116,6 +118,7 @@ class Capture(TorchFunctionMode):
     Args:
         params: the selected parameters by name.
         others: parameters that are constants here.
+        buffers: of the model: what a pass writes to them is forgotten with it.
         trace: also record every call that depends on the inputs.
         per_sample: whether samples must not be mixed.
     """
@@ -124,6 +127,7 @@ class Capture(TorchFunctionMode):
         self,
         params: dict[str, nn.Parameter],
         others: Iterable[Tensor] = (),
+        buffers: Iterable[Tensor] = (),
         *,
         trace: bool = False,
         per_sample: bool = True,
@@ -133,6 +137,7 @@ class Capture(TorchFunctionMode):
         self.per_sample = per_sample
         self._weights = {id(p): Weight(p, (name,), True) for name, p in params.items()}
         self._constants = {id(p) for p in others} - set(self._weights)
+        self._buffers = list(buffers)
         self._inputs: dict[int, Tensor] = {}
         self.samples = 0
 
@@ -150,7 +155,7 @@ class Capture(TorchFunctionMode):
     def start_again(self) -> None:
         """Let go of the graph and the inputs."""
         self.record.clear()
-        for tensor in self._inputs.values():
+        for tensor in (*self._inputs.values(), *self._buffers):
             vars(tensor).pop(_MARK, None)
         self._inputs = {}
 
@@ -167,6 +172,8 @@ class Capture(TorchFunctionMode):
         if id(tensor) in self._inputs:
             return SAMPLE
         mark = vars(tensor).get(_MARK)
+        if isinstance(mark, tuple):
+            return Weight(tensor, mark, False)
         if mark is None and tensor.requires_grad and id(tensor) not in self._constants:
             return SAMPLE  # what no rule explains is taken to depend on the samples
         return mark
@@ -258,7 +265,9 @@ class Capture(TorchFunctionMode):
                 self.record.uses.append(use)
                 return True
             for tensor in tensors:
-                vars(tensor)[_MARK] = Weight(tensor, tuple(sorted(roots)), False)
+                # Its roots alone: a tensor that held itself would live, with its graph, until
+                # garbage is collected.
+                vars(tensor)[_MARK] = tuple(sorted(roots))
             return False
         if not isinstance(out, Tensor):
             self._make_opaque(roots, f"{_name(func)} returns several tensors")

@@ -93,7 +93,13 @@ def extend(
     model = unwrapped(model)
     selected = select_parameters(model, params)
     per_sample = wanted != {"grad"}
-    watch = _Watch(selected, model.parameters(), trace=needs_trace(wanted), per_sample=per_sample)
+    watch = _Watch(
+        selected,
+        model.parameters(),
+        model.buffers(),
+        trace=needs_trace(wanted),
+        per_sample=per_sample,
+    )
     result = Quantities({}, 0)
     outputs: list[Any] = []
 
@@ -138,3 +144,4 @@ def extend(
             handle.remove()
         outputs.clear()
         watch.forget()
+        del watch.on_backward  # which knows the watch and the result: a circle

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from assay.curvature.capture import Capture, plain_kernels
 from assay.curvature.chunks import count_samples, pieces, slice_samples
@@ -157,7 +158,8 @@ def compute(
         ValueError: if the batch is empty; the loss is not finite (NaN in the inputs), not a mean or
             sum over samples, or, for second order, none of those listed; a BatchNorm is in training
             mode and more than `grad` is asked for; a name is unknown; a named parameter is frozen;
-            `kfra` is asked of a model that is no chain; `diag_hessian_mc` with `mc_samples=1`.
+            `kfra` is asked of a model that is no chain; `diag_hessian_mc` with `mc_samples=1`; a
+            parameter is in the loss itself (a penalty) and the loss returns no terms ℓ_n.
 
     Example:
         >>> import torch
@@ -183,6 +185,7 @@ def compute(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     model = unwrapped(model)
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs  # pytrees know no other
     settings = Settings(
         wanted, mc_samples, generator, params, kfac_approx, max_features, batch_dim, out or {}
     )
@@ -274,10 +277,15 @@ def _one_pass(
         refuse_batch_statistics(model)
     samples = count_samples(inputs, settings.batch_dim)
     capture = Capture(
-        params, model.parameters(), trace=needs_trace(settings.quantities), per_sample=per_sample
+        params,
+        model.parameters(),
+        model.buffers(),
+        trace=needs_trace(settings.quantities),
+        per_sample=per_sample,
     )
     try:
         with torch.inference_mode(False), torch.enable_grad():
+            inputs, targets = pytree.tree_map_only(Tensor, _ordinary, (inputs, targets))
             capture.mark_inputs((inputs, targets), samples)
             with watched(model, settings.quantities), capture:
                 output = call_model(model, inputs)
@@ -291,6 +299,11 @@ def _one_pass(
                 return evaluate(capture, objective, params, settings, last=True)
     finally:
         capture.forget()
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """One that gradients may depend on, also if it was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from assay.curvature.objective import Objective
-from assay.curvature.plan import Plan, Source
+from assay.curvature.plan import Plan, Source, behind_one
 from assay.curvature.uses import MatrixUse, square_norms
 from assay.kernels.variance import variance
 
@@ -120,7 +120,7 @@ def _from_rules(
     if squares:
         if rows is None:
             out = buffers.get("second_moment")
-            own["second_moment"] = use.sum_squares(slot, _columns_of(G), 1 / samples, out)
+            own["second_moment"] = use.sum_squares(slot, behind_one(G), 1 / samples, out)
         else:
             own["second_moment"] = _mean_square(rows)
     mean = source.parameter
@@ -135,10 +135,6 @@ def _from_rules(
         return use.blocks(slot, G) if kept is None else (kept,)
 
     return _finish(own, mean, blocks, plan.objective, quantities, buffers)
-
-
-def _columns_of(G):
-    return [g.unsqueeze(0) for g in G] if isinstance(G, list) else G.unsqueeze(0)
 
 
 def _finish(

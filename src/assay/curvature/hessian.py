@@ -8,7 +8,7 @@ from assay.curvature.capture import Step
 from assay.curvature.plan import Plan, Source
 from assay.curvature.second_order import output_columns
 from assay.curvature.steps import LINEAR, PIECEWISE, SCALING, SMOOTH
-from assay.curvature.uses import CallUse
+from assay.curvature.uses import CallUse, MergedUse
 from assay.functional import Estimate
 
 HESSIAN = ("diag_hessian", "diag_hessian_mc")
@@ -80,7 +80,8 @@ def _bends(plan: Plan, steps: list[Step], inputs: list[Tensor]) -> list[Step] | 
         part = source.single
         if source.unused:
             continue
-        if part is None or isinstance(part.use, CallUse):
+        # Not affine in a parameter that is used twice, one use after the other.
+        if part is None or isinstance(part.use, CallUse | MergedUse):
             return None
     known = {id(tensor) for tensor in inputs}
     bends = []

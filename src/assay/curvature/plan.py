@@ -122,7 +122,7 @@ class Plan:
             output: of the model.
             columns: `(K, *output.shape)`.
         """
-        chain = find_chain(output, self.edges) if self.simple else None
+        chain = find_chain(output, self.edges) if self.simple and not self.merged else None
         if chain is None or not len(columns):
             for column in columns.split(1):
                 gradients = self.gradients([output], [column[0]])
@@ -157,7 +157,7 @@ class Plan:
             return self._loop(source, outputs, tangents)
         total: Tensor | None = None
         for part in source.parts:
-            rows = part.use.columns(part.slot, _lead(part.gather(gradients)))[0]
+            rows = part.use.columns(part.slot, behind_one(part.gather(gradients)))[0]
             rows = _pull_back(part.weight, rows, source)
             total = rows if total is None else total + rows  # may be views of gradients
         if total is None:
@@ -172,6 +172,12 @@ class Plan:
             raise ValueError(
                 f"parameter {source.name!r}: {source.opaque}; its samples' gradients cannot be "
                 "separated because the loss is computed inside the model: return the output too"
+            )
+        if id(source.parameter) in _reached(self.objective.loss, outputs):
+            raise ValueError(
+                f"parameter {source.name!r} is in the loss beside the model's output (a penalty, a "
+                "scale of the loss), which therefore does not tell the samples' gradients: return "
+                "one value a sample from the loss, or leave the parameter out of params"
             )
         rows = source.parameter.new_empty(samples, *source.parameter.shape)
         for n in range(samples):
@@ -272,6 +278,11 @@ class Plan:
         )
 
     @property
+    def merged(self) -> bool:
+        """Whether a use needs the gradients of several places at once."""
+        return any(len(part.where) > 1 for s in self.sources.values() for part in s.parts)
+
+    @property
     def doubtful(self) -> bool:
         """Whether a rule needs `check`."""
         return any(isinstance(use, CallUse) or not use.intact for use in self.uses)
@@ -294,7 +305,8 @@ class Plan:
                 source.parts = []
 
 
-def _lead(gradients: Any) -> Any:
+def behind_one(gradients: Any) -> Any:
+    """Gradients of a use (a list, if it was merged) as a single column's."""
     if isinstance(gradients, list):
         return [g.unsqueeze(0) for g in gradients]
     return gradients.unsqueeze(0)
@@ -323,6 +335,21 @@ def _covers_only(use: Use, opaque: dict[str, str]) -> bool:
 
 def _device(use: Use) -> torch.device:
     return next(iter(use.slots.values())).tensor.device
+
+
+def _reached(loss: Tensor, outputs: list[Tensor]) -> set[int]:
+    """Leaves of the graph that the loss depends on other than through these outputs, by id."""
+    seen: set[Any] = {output.grad_fn for output in outputs}
+    found: set[int] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.add(id(getattr(node, "variable", None)))
+        stack += [child for child, _ in node.next_functions]
+    return found
 
 
 def _unseen(record: Record, loss: Tensor, params: dict[str, Tensor]) -> dict[str, str]:

@@ -113,7 +113,9 @@ def average(parts: list[Quantities]) -> Quantities:
         if quantity == "variance":
             continue
         values[quantity] = {
-            name: _join(quantity, [part[quantity][name] for part in parts], parts, shares, scales)
+            name: _join(
+                quantity, name, [part[quantity][name] for part in parts], parts, shares, scales
+            )
             for name in parts[0][quantity]
         }
     result = Quantities(values, samples, parts[0].reduction, weight)
@@ -122,7 +124,7 @@ def average(parts: list[Quantities]) -> Quantities:
     return result
 
 
-def _join(quantity: str, entries: list, parts: list[Quantities], shares, scales) -> Any:
+def _join(quantity: str, name: str, entries: list, parts: list[Quantities], shares, scales) -> Any:
     if quantity == "grad_batch":
         return torch.cat([e * s for e, s in zip(entries, scales, strict=True)])
     if quantity == "batch_l2":
@@ -132,14 +134,20 @@ def _join(quantity: str, entries: list, parts: list[Quantities], shares, scales)
         factors = [s**2 * p.samples / samples for s, p in zip(scales, parts, strict=True)]
         return _weighted(entries, factors)
     if isinstance(entries[0], KroneckerFactors):
-        return _join_factors(entries, parts, shares)
+        return _join_factors(name, entries, parts, shares)
     if isinstance(entries[0], Estimate):
         error = _weighted([e.standard_error.square() for e in entries], [s**2 for s in shares])
         return Estimate(_weighted([e.mean for e in entries], shares), error.sqrt())
     return _weighted(entries, shares)
 
 
-def _join_factors(entries: list, parts: list[Quantities], shares: list[float]) -> Any:
+def _join_factors(name: str, entries: list, parts: list[Quantities], shares: list[float]) -> Any:
+    forms = {(tuple(f.shape for f in e.factors), e.grads_left) for e in entries}
+    if len(forms) > 1:
+        raise ValueError(
+            f"the blocks of {name!r} differ in form between pieces of the batch, for its uses "
+            "depend on the samples: take its factors without chunk_size, or leave it out of params"
+        )
     samples = sum(part.samples for part in parts)
     total = None
     for entry, part, share in zip(entries, parts, shares, strict=True):

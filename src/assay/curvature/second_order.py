@@ -227,7 +227,7 @@ class _Product:
         if self.out is not None:
             out = self.out.left if self.out.grads_left else self.out.right
         self.owner = id(use) not in self.common.sums
-        fresh = OuterSum(self.common.scale / positions, out)
+        fresh = OuterSum(self.common.scale / max(1, positions), out)
         # With one position the bias has the same block: it is computed once.
         self.sum = self.common.sums.setdefault(id(use), fresh) if positions == 1 else fresh
         self.owner = self.owner or positions > 1

@@ -206,11 +206,13 @@ class MatrixUse(Use):
         left, right = self._pair(G, 0)
         samples, groups, m, positions = left.shape
         n = right.shape[2]
+        used_before = out is not None
         if out is None:
             out = left.new_empty((samples, *self.slots[slot].tensor.shape))
         target = out.view(samples * groups, m, n)
-        left, right = left.reshape(-1, m, positions), right.reshape(-1, n, positions)
-        if positions == 1:
+        left = left.reshape(len(target), m, positions)
+        right = right.reshape(len(target), n, positions)
+        if positions == 1 and used_before:
             outer_products(left.squeeze(2), right.squeeze(2), target)
         else:
             torch.bmm(left, right.mT, out=target)

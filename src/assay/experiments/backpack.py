@@ -54,7 +54,7 @@ CLAIMS = (
     ),
     Claim(
         "individual-gradients-float32",
-        "So they are in single precision",
+        "Individual gradients and their moments are those of the loop in single precision, too",
         expect=at_most(1e-5),
         kind="exact",
         unit="relative error",

@@ -86,7 +86,7 @@ CLAIMS = (
     *(
         Claim(
             f"wide-ratio-{loss}-{depth}",
-            f"In a wide net it is negligible: {name}, {depth} hidden layers",
+            f"The residual part is negligible in a wide net: {name}, {depth} hidden layers",
             paper="→ 0",
             expect=at_most(0.05),
             over_seeds="median",
@@ -107,7 +107,7 @@ CLAIMS = (
     ),
     Claim(
         "wide-training-ratio",
-        "It stays negligible while a wide net is trained",
+        "The residual part stays negligible while a wide net is trained",
         expect=at_most(0.1),
         unit="largest |κ_H| / κ_G",
         how="full-batch gradient descent with cross-entropy, largest value over the steps",
@@ -119,7 +119,7 @@ CLAIMS = (
     ),
     Claim(
         "narrow-over-wide",
-        "In training, too, it is larger in a narrow net",
+        "The residual part is larger in a narrow net in training",
         expect=at_least(1.0),
         unit="ratio of the largest |κ_H| / κ_G",
         how="the same in the narrow net / in the wide one",

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,11 @@ from assay.landscape import (
     FlatSubspacePenalty,
     TrajectoryPCA,
     TrajectoryRecorder,
+    VarianceFlatnessFit,
+    effective_temperature,
     flatness,
     langevin_step,
+    minibatch_statistics,
     variance_flatness_fit,
 )
 
@@ -65,6 +69,14 @@ CLAIMS = (
         how=f"{_OU}, p = 0, directions and variances from the simulated trajectory",
     ),
     Claim(
+        "slope-square-noise",
+        "Noise ∝ curvature² gives an inverse law with half the exponent",
+        paper="ψ = 2",
+        expect=close_to(2.0, tol=0.15),
+        kind="exact",
+        how=f"{_OU}, p = 2, directions and variances from the simulated trajectory",
+    ),
+    Claim(
         "slope-cubic-noise",
         "Noise ∝ curvature³ gives the inverse law",
         paper="ψ = 4",
@@ -82,7 +94,7 @@ CLAIMS = (
     ),
     Claim(
         "exponent",
-        "It falls as a power near the fourth",
+        "Under SGD the variance falls as a power of the flatness near the fourth",
         paper="ψ ≈ 4 (from memory, unverified)",
         expect=between(2.5, 5.5),
         unit="ψ",
@@ -96,17 +108,49 @@ CLAIMS = (
         unit="Spearman correlation of F and σ²",
         how="full-batch descent with Gaussian noise from SGD's solution, Hessian directions",
         discussion=(
-            "Flat directions relax more slowly than the noisy descent is recorded, so that their "
-            "variance is still below equilibrium and its rank is left to chance; the sign differs "
-            "from SGD's in the mean. Along the process's own principal directions it does so in "
-            "every seed (thermal-contrast-pca)."
+            "The descent has not ended where the noise is switched on: along the sharpest "
+            "directions the way that it still goes without any noise has more variance than the "
+            "noise makes. Recording longer does not help, the loss goes on falling. Without that "
+            "way the sign is the thermal one (thermal-contrast-fluctuations)."
+        ),
+    ),
+    Claim(
+        "thermal-contrast-fluctuations",
+        "Around the way of a noise-free descent, isotropic noise shows no inverse relation",
+        paper="Einstein relation",
+        expect=at_least(0.3),
+        unit="Spearman correlation of F and σ²",
+        how=(
+            "the same trajectory minus that of the same descent without noise, which is the drift; "
+            "Hessian directions"
         ),
     ),
     Claim(
         "thermal-contrast-pca",
-        "Nor does it along its own principal directions",
+        "Isotropic noise shows no inverse relation along its own principal directions either",
         unit="Spearman correlation of F and σ²",
-        how="the same, directions from the trajectory's own principal components",
+        how="as thermal-contrast, directions from the trajectory's own principal components",
+    ),
+    Claim(
+        "noise-strength",
+        "SGD's noise is weaker in flatter directions",
+        paper="falls with F (from memory, unverified)",
+        unit="Spearman correlation of F and D",
+        how="D: variance over mini-batches of the slope, at the mean weights; same directions",
+    ),
+    Claim(
+        "correlation-time",
+        "SGD's fluctuations are shorter in flatter directions",
+        paper="falls with F (from memory, unverified)",
+        unit="Spearman correlation of F and τ",
+        how="τ: steps until the autocorrelation falls below 1/e; same directions",
+    ),
+    Claim(
+        "effective-temperature",
+        "The effective temperature of SGD is lower in flatter directions",
+        paper="not one temperature",
+        unit="Spearman correlation of F and σ² h",
+        how="h: mean over mini-batches of the curvature, at the mean weights; same directions",
     ),
     Claim(
         "dominance",
@@ -184,13 +228,16 @@ def run(lab: Lab, config: Config) -> None:
         shown = shown or found
         contrast = _thermal(lab, config, x, y, seed)
         lab.measure("thermal-contrast", contrast["hessian"], seed=seed)
+        lab.measure("thermal-contrast-fluctuations", contrast["fluctuations"], seed=seed)
         lab.measure("thermal-contrast-pca", contrast["pca"], seed=seed)
         lab.measure("forgetting", _forgetting(lab, config, x, y, seed), seed=seed)
     lab.table("fits", rows, "The law over three ranges of principal directions, by rank.")
     lab.note(
         f"The law is reported over the directions of rank {config.first} to {config.last}. The "
         "first ones carry drift — the loss still falls while the trajectory is recorded — with "
-        "huge variance along flat valleys; the table shows the fits that include them."
+        "huge variance along flat valleys; the table shows the fits that include them, and how "
+        "long the slowest direction of each fit remembers, in parts of the record: where that is "
+        "not small, there is drift in it."
     )
     if shown is not None:
         _plot(lab, config, shown)
@@ -231,7 +278,8 @@ def _exact(lab: Lab) -> None:
     for p in range(4):
         fit = variance_flatness_fit(width, h ** (p - 1), first=1)
         lab.measure("slope-known-variances", abs(fit.exponent - 2 * (p - 1)))
-    for p, claim in ((0, "slope-thermal"), (3, "slope-cubic-noise")):
+    simulated = ((0, "slope-thermal"), (2, "slope-square-noise"), (3, "slope-cubic-noise"))
+    for p, claim in simulated:  # for p = 1 all variances are equal: no principal directions
         walk = _simulate(h, h**p, lab.generator("walk", p)) @ Q
         pca = TrajectoryPCA().fit(walk)
         batch = torch.zeros(1, 1), torch.zeros(1)
@@ -279,9 +327,15 @@ def _sgd(
         found = flatness(
             net, F.cross_entropy, (x, y), pca.components.to(x), center=center, params=LAYER
         )
+        statistics = minibatch_statistics(
+            net, F.cross_entropy, Batches(x, y, config.batch_size, shuffle=False),
+            pca.components.to(x), center=center, params=LAYER,
+        )  # fmt: skip
         return {
             "width": found.width,
             "variance": pca.variance,
+            "noise": statistics.slope_variance,
+            "temperature": effective_temperature(pca.variance, statistics.curvature.cpu()),
             "share": torch.tensor(float(pca.variance[:5].sum() / pca.total_variance)),
             "time": pca.autocorrelation_time(),
         }
@@ -310,26 +364,67 @@ def _report_fits(
                 "standard error": fit.standard_error,
                 "Spearman": fit.spearman,
                 "never risen": fit.infinite,
+                "longest correlation time / record": float(
+                    found["time"][[rank - 1 for rank in fit.used]].max() / _steps(config)
+                ),
                 "last / first training loss": fall,
             }
         )
     lab.measure("inverse-relation", fit.spearman, seed=seed)
     lab.measure("exponent", fit.exponent, seed=seed)
+    for claim, name in (
+        ("noise-strength", "noise"),
+        ("correlation-time", "time"),
+        ("effective-temperature", "temperature"),
+    ):
+        lab.measure(claim, _rank_correlation(fit, found["width"], found[name]), seed=seed)
     return rows
+
+
+def _rank_correlation(fit: VarianceFlatnessFit, width: Tensor, values: Tensor) -> float:
+    """Of the widths and something else, over the directions of a fit."""
+    from scipy.stats import spearmanr
+
+    chosen = [rank - 1 for rank in fit.used]
+    found: Any = spearmanr(width[chosen].cpu(), values[chosen].cpu())
+    return float(found[0])
+
+
+def _steps(config: Config) -> int:
+    """How many steps of SGD are recorded."""
+    return config.record_epochs * math.ceil(config.images / config.batch_size)
 
 
 def _plot(lab: Lab, config: Config, found: dict[str, Tensor]) -> None:
     figure, (left, right) = lab.subplots(1, 2, width=8)
     ranks = torch.arange(1, len(found["width"]) + 1)
     drift = ranks < config.first
-    for chosen, label in ((drift, "drift, not in the fit"), (~drift, "in the fit")):
-        width, variance = found["width"][chosen], found["variance"][chosen]
-        left.loglog(width.numpy(), variance.numpy(), ".", label=label)
-        right.loglog(ranks[chosen].numpy(), width.numpy(), ".", label=label)
-    left.set(xlabel="flatness F", ylabel="variance σ²")
+    for chosen, label, marker in (
+        (drift, "drift, not in the fit", "x"),
+        (~drift, "in the fit", "."),
+    ):
+        width, variance = found["width"][chosen].numpy(), found["variance"][chosen].numpy()
+        left.loglog(width, variance, marker, label=label)
+        right.loglog(ranks[chosen].numpy(), width, marker, label=label)
+    fit = variance_flatness_fit(
+        found["width"], found["variance"], first=config.first, last=config.last,
+        points=config.points,
+    )  # fmt: skip
+    used = [rank - 1 for rank in fit.used]
+    log_width, log_variance = found["width"][used].log(), found["variance"][used].log()
+    across = torch.linspace(float(log_width.min()), float(log_width.max()), 2)
+    line = log_variance.mean() - fit.exponent * (across - log_width.mean())
+    left.loglog(
+        across.exp().numpy(), line.exp().numpy(), "k-", label=f"σ² ∝ F^(−{fit.exponent:.1f})"
+    )
+    left.set(xlabel="flatness F / weight units", ylabel="variance σ² / weight units²")
     left.legend()
-    right.set(xlabel="rank of the direction", ylabel="flatness F")
-    lab.figure("variance-flatness", figure, "Principal directions of the hidden layer, one seed.")
+    right.set(xlabel="rank of the direction, by variance", ylabel="flatness F / weight units")
+    lab.figure(
+        "variance-flatness", figure,
+        "Principal directions of the hidden layer, first seed. F: width of the valley in which the "
+        "training loss is less than e times that at the mean weights.",
+    )  # fmt: skip
 
 
 # -- thermal noise instead ---------------------------------------------------------------------
@@ -361,31 +456,57 @@ def _shaken(
     directions = top_eigenvalues(
         hessian, config.hessian_directions, tol=1e-3, which="largest", max_steps=400, generator=g
     )[1]
-    recorder = TrajectoryRecorder(net, LAYER, max_snapshots=config.thermal_steps)
-    noise = lab.generator("thermal noise", seed)
-    for step in lab.track(
-        range(config.thermal_burn_in + config.thermal_steps), f"thermal noise {seed}"
-    ):
-        (weight.grad,) = torch.autograd.grad(F.cross_entropy(net(x), y), [weight])
-        langevin_step([weight], config.lr, noise_std, generator=noise)
-        if step >= config.thermal_burn_in:
-            recorder.step()
-    pca = TrajectoryPCA(min(config.last, 400)).fit(recorder)
-    center = pca.mean.to(x)
-    reference = recorder.reference
-    assert reference is not None
-    rows = recorder.snapshots().double() + reference - pca.mean
-    variance = (rows @ directions.double().T).square().mean(0)
+    noisy, quiet = (
+        _descent(lab, config, net, data, strength, seed) for strength in (noise_std, 0.0)
+    )
+    center = noisy.mean(0)
+    deviation = noisy - quiet
+    along = directions.double().T
+    pca = TrajectoryPCA(min(config.last, 400)).fit(noisy - center)
 
     def widths(along: Tensor) -> Tensor:
         return flatness(net, F.cross_entropy, data, along, center=center, params=LAYER).width
 
-    of_hessian = variance_flatness_fit(widths(directions), variance, first=1)
+    of_hessian = widths(directions)
     own = variance_flatness_fit(
-        widths(pca.components.to(x)), pca.variance, first=min(config.first, 3), last=config.last,
+        widths(pca.components), pca.variance, first=min(config.first, 3), last=config.last,
         points=config.points,
     )  # fmt: skip
-    return {"hessian": of_hessian.spearman, "pca": own.spearman}
+
+    def spearman(rows: Tensor) -> float:
+        variance = ((rows - rows.mean(0)) @ along).square().mean(0)
+        return variance_flatness_fit(of_hessian, variance, first=1).spearman
+
+    return {"hessian": spearman(noisy), "fluctuations": spearman(deviation), "pca": own.spearman}
+
+
+def _descent(
+    lab: Lab,
+    config: Config,
+    net: nn.Sequential,
+    data: tuple[Tensor, Tensor],
+    noise_std: float,
+    seed: int,
+) -> Tensor:
+    """Weights of the layer after each recorded step of a full-batch descent, as they were."""
+    weight = net.get_parameter(LAYER[0])
+    start = weight.detach().clone()
+    recorder = TrajectoryRecorder(net, LAYER, max_snapshots=config.thermal_steps)
+    noise = lab.generator("thermal noise", seed)
+    with torch.no_grad():
+        below = net[:2](data[0])  # nothing else moves
+    for step in lab.track(
+        range(config.thermal_burn_in + config.thermal_steps), f"noise of {noise_std:.1g}, {seed}"
+    ):
+        loss = F.cross_entropy(net[2:](below), data[1])
+        (weight.grad,) = torch.autograd.grad(loss, [weight])
+        langevin_step([weight], config.lr, noise_std, generator=noise)
+        if step >= config.thermal_burn_in:
+            recorder.step()
+    with torch.no_grad():
+        weight.copy_(start)
+    assert recorder.reference is not None
+    return recorder.snapshots().double() + recorder.reference
 
 
 def _minibatch_noise(net: nn.Module, weight: Tensor, batches: Batches, lr: float) -> float:

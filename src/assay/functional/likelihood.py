@@ -73,8 +73,8 @@ class Likelihood:
         if self.loss.reduction == "sum":
             return 1.0
         if isinstance(self.loss, nn.CrossEntropyLoss):
-            weight = self._weights(output, target).sum().item()
-            return 1.0 / weight if weight else math.inf
+            divisor = self._divisor(output, target)
+            return 1.0 / divisor if divisor else math.inf
         return 1.0 / max(1, output.numel())
 
     def factor(self, output: Tensor, target: Tensor) -> Float[Tensor, "columns n *rest"]:
@@ -137,20 +137,26 @@ class Likelihood:
         return _separate_positions(columns)
 
     def _weights(self, output: Tensor, target: Tensor) -> Tensor:
-        """Weight of every position's term of the cross-entropy, shape of the class indices."""
-        class_weight = self.loss.weight
+        """How often each position's term has the Hessian diag p − ppᵀ: what its targets sum to."""
+        smoothing, classes = self.loss.label_smoothing, output.shape[1]
+        given = self._class_weights(output)
         if target.is_floating_point():
-            if class_weight is not None:
-                raise ValueError("class probabilities with class weights are not supported")
-            shape = (output.shape[0], *output.shape[2:])
-            return torch.ones(shape, dtype=output.dtype, device=output.device)
+            target = target.to(output) * (1 - smoothing) + smoothing / classes
+            return torch.einsum("nc...,c->n...", target, given)
         kept = target != self.loss.ignore_index
-        weight = kept.to(output.dtype)
-        if class_weight is not None:
-            if self.loss.label_smoothing:
-                raise ValueError("label_smoothing with class weights is not supported")
-            weight = weight * class_weight.to(output)[target.where(kept, 0)]
-        return weight
+        weight = (1 - smoothing) * given[target.where(kept, 0)] + smoothing * given.mean()
+        return weight * kept
+
+    def _divisor(self, output: Tensor, target: Tensor) -> float:
+        """What a mean divides by."""
+        if target.is_floating_point():
+            return output[:, 0].numel()
+        kept = target[target != self.loss.ignore_index]
+        return self._class_weights(output)[kept].sum().item()
+
+    def _class_weights(self, output: Tensor) -> Tensor:
+        weight = self.loss.weight
+        return output.new_ones(output.shape[1]) if weight is None else weight.to(output)
 
     def _binary_weight(self, output: Tensor, target: Tensor) -> Tensor:
         weight = torch.ones_like(output)

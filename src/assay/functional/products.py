@@ -436,7 +436,9 @@ class GGNOperator(LossOperator):
         return self._linearize_backward(inputs, v)
 
     def _linearize_forward(self, inputs: Any, v: list[Tensor]) -> tuple[list, list, Any]:
-        with forward_ad.dual_level():
+        # A checkpoint made of dual numbers cannot be recomputed when the dual level is left.
+        hooks = torch.autograd.graph.disable_saved_tensors_hooks("no hooks in forward AD")
+        with hooks, forward_ad.dual_level():
             outputs, rebuild = self._dual_outputs(inputs, v)
             pairs = [forward_ad.unpack_dual(out) for out in outputs]
             tangents = [
@@ -561,6 +563,7 @@ def _check_twice_differentiable(tensors: Iterable[Tensor]) -> None:
 
 
 def _batch_size(inputs: Any) -> int:
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs  # pytrees know no other
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if not tensors:
         raise ValueError(f"inputs hold no tensor: {type(inputs).__name__}")

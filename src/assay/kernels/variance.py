@@ -3,6 +3,7 @@
 import torch
 from numba import njit
 from torch import Tensor
+from torch.nn import Parameter
 
 __all__ = ["variance", "variance_reference"]
 
@@ -52,4 +53,6 @@ def variance(
 
 
 def _plain(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _DTYPES and x.is_contiguous()
+    # Fake tensors and the like have no memory.
+    known = type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.dtype in _DTYPES
+    return known and x.is_contiguous()

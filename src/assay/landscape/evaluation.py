@@ -15,16 +15,20 @@ from torch.utils import _pytree as pytree
 
 from assay.functional.batchnorm import running_norms
 from assay.functional.batchnorm import update_bn as recompute_bn
-from assay.functional.ensemble import IGNORED
-from assay.functional.parameters import ParameterLayout, call_with_vector, vector_to_parameters
-from assay.functional.products import as_batches, pair_of, plain_attention
+from assay.functional.ensemble import IGNORED, plain_layers, run_chain
+from assay.functional.parameters import ParameterLayout, vector_to_parameters
+from assay.functional.products import as_batches, call_model, pair_of, plain_attention
 
 Batches = Iterable[Any]  # of pairs (x, y); or one such pair, see `as_batches`
 Outputs = Tensor | list[Any]  # at K points: stacked, or one by one if they are no tensors
+# Of a batch: outputs at some points after the other, only those held at once; inputs; targets.
+Answers = tuple[Iterable[Outputs], Any, Any]
 
 # On a CPU, running several weight vectors at once saves the overhead of small batches; beyond about
-# this many samples (vectors times batch) activations leave the cache, and it is slower than a loop.
-CPU_SAMPLES = 1024
+# so many samples (vectors times batch) activations leave the cache: under `vmap`, and for chains of
+# linear layers.
+CPU_SAMPLES, CPU_SAMPLES_OF_CHAIN = 1024, 8192
+WEIGHTS_AT_ONCE = 2**24  # numbers: small networks gain by running at once, large ones fill memory
 
 
 def logits_of(output: object, *, user: str) -> Tensor:
@@ -58,7 +62,9 @@ class Evaluation:
         loss: mean loss over the samples, `(K,)`, float64; where targets are classes, the mean over
             those that are not ignored (see `evaluate`).
         accuracy: share of targets that are the largest output, `(K,)`, in [0, 1], of those that are
-            not ignored; None where the outputs are not logits or the targets not classes.
+            not ignored. None where the targets are no classes or the outputs no logits; or where
+            the logits of several targets a sample may be read in two ways, classes second as torch
+            has them or last, and the loss is none of torch's.
 
     Example:
         >>> import torch
@@ -85,35 +91,41 @@ def evaluate(
     batches: Mapping[str, Batches],
     *,
     loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
-    chunk_size: int = 8,
+    chunk_size: int = 64,
     update_bn: bool = True,
     bn_batches: Iterable[object] | None = None,
 ) -> dict[str, Evaluation]:
     """Mean loss and accuracy of a model at K weight vectors.
 
-    Chunks of weight vectors run at once through `torch.func.functional_call` under
-    `torch.func.vmap`, with the same results as one after the other up to rounding. The model is in
-    evaluation mode (no dropout) and left as it was.
+    Chunks of weight vectors run at once, as batched matrix products in an `nn.Sequential` of linear
+    and elementwise layers, else under `torch.func.vmap`, with the same results as one after the
+    other up to rounding. The model is in evaluation mode (no dropout) and left as it was. At points
+    that are combinations of a few vectors, `evaluate_span` is faster.
 
     Running statistics of BatchNorm belong to one weight vector: at another one they show a false
     picture. A model that has them is evaluated point by point, with the statistics recomputed from
     `bn_batches` at each.
 
-    A batch counts by its number of samples. Where targets are classes, it counts by the number of
-    those that are not ignored: not `loss_fn.ignore_index` if it has one, else not −100, as in
-    `torch.nn.functional.cross_entropy`. Ignored targets do not enter the accuracy, and batches with
-    nothing else are left out.
+    The mean is the same however the samples are divided into batches: a batch counts by its number
+    of samples. Where targets are integers, it counts by the number of those that are not ignored:
+    not `loss_fn.ignore_index` if it has one, else not −100, as in
+    `torch.nn.functional.cross_entropy`; if that has class weights, by the sum of theirs. Ignored
+    targets do not enter the accuracy, and batches with nothing else are left out. A loss whose
+    `reduction` is `"sum"` is divided by what its batches count.
 
     Args:
-        model: its forward takes one tensor; what it returns is up to `loss_fn`.
+        model: any module; what it returns is up to `loss_fn`.
         points: weight vectors `(P,)` in the order of `assay.functional.parameters_to_vector`; a
-            tensor `(K, P)` or any iterable, which is read `chunk_size` vectors at a time.
+            tensor `(K, P)` or any iterable, which is read `chunk_size` vectors at a time. They are
+            rounded to the precision of the model.
         batches: batches `(x, y)`, or one pair `(x, y)`, by the name of the set, e.g.
-            `{"train": ..., "test": ...}`; iterated once a chunk.
+            `{"train": ..., "test": ...}`; iterated once a chunk. x is a tensor, a tuple of
+            arguments or a mapping of keyword arguments.
         loss_fn: `(output, target) -> scalar`, a mean over the batch.
-        chunk_size: weight vectors held at once. On a CPU as many of them run together as make about
-            1,000 samples with the batch, on other devices all. With 1, `vmap` is not used: for
-            models that it cannot run (recurrent ones are recognised).
+        chunk_size: weight vectors held at once, at most; fewer if they have more than 2²⁴ entries
+            in all. On a CPU as many of them run together as is fast with the size of the batch, on
+            other devices all. With 1, `vmap` is not used: for models that it cannot run (recurrent
+            ones are recognised).
         update_bn: whether to recompute running statistics at each point; without effect on models
             that have none.
         bn_batches: the data to take the statistics of, batches of inputs or of `(x, y)`; default
@@ -139,8 +151,6 @@ def evaluate(
         >>> evaluate(line, weights, {"train": [(x, 2 * x)]}, loss_fn=mse)["train"].loss
         tensor([2.5000, 0.0000, 2.5000], dtype=torch.float64)
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     sets = {name: as_batches(of_set) for name, of_set in batches.items()}
     recompute = update_bn and bool(running_norms(model))
     bn_batches = sets.get("train") if bn_batches is None else _for_statistics(bn_batches)
@@ -151,10 +161,11 @@ def evaluate(
             "update_bn=False to keep them"
         )
     if recompute or any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        chunk_size = 1
+        chunk_size = min(chunk_size, 1)
     # A copy, so that an interrupted evaluation leaves no trace in the user's model.
     model = copy.deepcopy(model).eval()
     layout = ParameterLayout.of(model)
+    chunk_size = fitting_chunk(chunk_size, layout.numel)
     totals = {name: Totals(loss_fn) for name in sets}
     remaining = iter(points)
     while chunk := list(islice(remaining, chunk_size)):
@@ -181,24 +192,102 @@ def _for_statistics(data: Iterable[object]) -> Iterable[object]:
 
 def _outputs(
     model: nn.Module, chunk: list[Tensor], batches: Batches, layout: ParameterLayout
-) -> Iterator[tuple[Outputs, Tensor]]:
-    """Outputs of a chunk of weight vectors, with the targets, batch by batch."""
+) -> Iterator[Answers]:
+    """Outputs of a chunk of weight vectors batch by batch, with inputs and targets."""
     vectors = torch.stack(chunk)
+    vectors = vectors.to(next(model.parameters(), vectors))
+    chain = plain_layers(model)
     for x, y in map(pair_of, batches):
-        if len(x) == 0:
+        samples = batch_size(x)
+        if samples == 0:
             continue
-        x, y = x.to(vectors.device), y.to(vectors.device)
+        x, y = on_device(x, vectors.device), on_device(y, vectors.device)
+        run = functools.partial(at_points, functools.partial(_output, model, layout, x))
+        samples_at_once = CPU_SAMPLES
+        if chain is not None and isinstance(x, Tensor) and x.ndim >= 2:
+            run = functools.partial(_chain_outputs, chain, layout, x)
+            samples_at_once = CPU_SAMPLES_OF_CHAIN
         at_once = len(chunk)
         if vectors.device.type == "cpu":
-            at_once = min(at_once, max(1, CPU_SAMPLES // len(x)))
-        run = functools.partial(_output, model, layout, x)
-        with plain_attention():
-            parts = [at_points(run, part) for part in vectors.split(at_once)]
-        yield joined(parts), y
+            at_once = min(at_once, max(1, samples_at_once // samples))
+        yield [joined(map(run, vectors.split(at_once)))], x, y
 
 
-def _output(model: nn.Module, layout: ParameterLayout, x: Tensor, vector: Tensor) -> Any:
-    return call_with_vector(model, vector, x, layout=layout)
+def fitting_chunk(chunk_size: int, numel: int) -> int:
+    """How many weight vectors to hold at once.
+
+    Args:
+        chunk_size: at most so many.
+        numel: length of a vector.
+
+    Raises:
+        ValueError: if `chunk_size` < 1.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    return min(chunk_size, max(1, WEIGHTS_AT_ONCE // max(1, numel)))
+
+
+def joined(parts: Iterable[Outputs]) -> Outputs:
+    """The outputs at several parts of the points as those at all: losses are faster of many.
+
+    Args:
+        parts: from `at_points`.
+    """
+    found = list(parts)
+    if isinstance(found[0], Tensor):
+        return torch.cat([part for part in found if isinstance(part, Tensor)])
+    return [output for part in found for output in part]
+
+
+def _output(model: nn.Module, layout: ParameterLayout, x: Any, vector: Tensor) -> Any:
+    return call_with_tensors(model, layout.unflatten(vector, aliases=True), x)
+
+
+def _chain_outputs(
+    chain: list[tuple[str, nn.Module]], layout: ParameterLayout, x: Tensor, vectors: Tensor
+) -> Tensor:
+    weights = layout.unflatten(vectors, aliases=True)
+    return run_chain(chain, weights, x, len(vectors), shared=True)
+
+
+def call_with_tensors(model: nn.Module, tensors: dict[str, Tensor], inputs: Any) -> Any:
+    """`call_model` as if a model's parameters were others.
+
+    Args:
+        model: any module.
+        tensors: by name, for every place of a tied parameter (`ParameterLayout.unflatten`): where
+            torch ties them itself, a sub-module registered twice keeps the substitutes.
+        inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(model, tensors, args, kwargs, tie_weights=False)
+
+    with plain_attention():
+        return call_model(call, inputs)
+
+
+def batch_size(inputs: Any) -> int:
+    """The number of samples of a batch.
+
+    Args:
+        inputs: a tensor, or a tuple or mapping that holds some.
+
+    Raises:
+        ValueError: if there is no tensor.
+    """
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise ValueError(f"the inputs of a batch hold no tensor: {type(inputs).__name__}")
+    return len(tensors[0])
+
+
+def on_device(values: Any, device: torch.device) -> Any:
+    """Inputs or targets of a batch on a device; a mapping of any class becomes a dict."""
+    values = dict(values) if isinstance(values, Mapping) else values
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), values)
 
 
 class _OpaqueOutputError(Exception):
@@ -250,15 +339,58 @@ def _at_points_at_once(run: Callable[[Tensor], Any], points: Tensor) -> Outputs:
     return outputs
 
 
-def joined(parts: list[Outputs]) -> Outputs:
-    """The outputs at several parts of the points as those at all.
+class BatchWeights:
+    """What a batch counts in a mean over batches: as the loss itself averages over samples.
 
     Args:
-        parts: from `at_points`.
+        loss_fn: the loss; `torch.nn.functional`'s, a module of torch's, or a partial of one tells
+            which targets it ignores, the weights of classes, and whether it is a sum.
     """
-    if isinstance(parts[0], Tensor):
-        return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    return [output for part in parts for output in part]
+
+    def __init__(self, loss_fn: Any) -> None:
+        base = loss_fn
+        while isinstance(base, functools.partial):
+            base = base.func
+        self.of_classes = base in (F.cross_entropy, F.nll_loss) or isinstance(
+            base, nn.CrossEntropyLoss | nn.NLLLoss
+        )
+        self.ignored: int = _setting(loss_fn, "ignore_index", IGNORED)
+        self.is_sum = _setting(loss_fn, "reduction", "mean") == "sum"
+        self.of_class: Tensor | None = (
+            _setting(loss_fn, "weight", None) if self.of_classes else None
+        )
+
+    def counted(self, targets: Any) -> Tensor | None:
+        """Which targets are not ignored; None where they are no integers."""
+        if not isinstance(targets, Tensor) or not _whole(targets):
+            return None
+        return targets.long() != self.ignored  # not as bytes, of which -100 is 156
+
+    def __call__(self, inputs: Any, targets: Any) -> float:
+        """The weight of a batch; 0 if none of its targets counts."""
+        counted = self.counted(targets)
+        if counted is None:
+            return batch_size(inputs)
+        if self.of_class is None:
+            return int(counted.sum())
+        return float(self.of_class.double()[targets[counted].long().to(self.of_class.device)].sum())
+
+    def sums(self, losses: Tensor, weight: float) -> Tensor:
+        """What the losses of a batch add to the sum over all of them."""
+        return losses.double() if self.is_sum else losses.double() * weight
+
+    def no_target_counts(self) -> ValueError:
+        """The error for data of which no batch counts."""
+        return ValueError(
+            f"all targets are ignored (they are {self.ignored}) or of classes with weight 0: "
+            "no loss is left"
+        )
+
+
+def _setting(loss_fn: Any, name: str, default: Any) -> Any:
+    if isinstance(loss_fn, functools.partial):
+        return loss_fn.keywords.get(name, _setting(loss_fn.func, name, default))
+    return getattr(loss_fn, name, default)
 
 
 class Totals:
@@ -266,55 +398,64 @@ class Totals:
 
     def __init__(self, loss_fn: Callable[[Any, Any], Tensor]) -> None:
         self.loss_fn = loss_fn
-        self.ignored = _ignored_target(loss_fn)
+        self.weights = BatchWeights(loss_fn)
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
 
-    def add(self, outputs: Iterator[tuple[Outputs, Tensor]]) -> None:
-        """Add the outputs of one chunk of weight vectors, with targets, all batches."""
-        samples = count = 0
-        loss = right = None
-        for out, y in outputs:
-            samples += len(y)
-            counted = self._counted(out, y)
-            weight = len(y) if counted is None else int(counted.sum())
+    def add(self, answers: Iterator[Answers]) -> None:
+        """Add what the model says at one chunk of weight vectors, batch by batch."""
+        seen, count, targets = False, 0.0, 0
+        loss: Tensor | None = None
+        right: Tensor | None = None
+        for parts, x, y in answers:
+            seen = True
+            weight = self.weights(x, y)
             if weight == 0:
                 continue
-            count += weight
-            batch = losses_at_points(self.loss_fn, out, y).double() * weight
+            found = [(losses_at_points(self.loss_fn, out, y), self._hits(out, y)) for out in parts]
+            batch = self.weights.sums(torch.cat([losses for losses, _ in found]), weight)
             loss = batch if loss is None else loss + batch
-            if counted is not None and isinstance(out, Tensor):
-                hits = ((out.argmax(dim=2) == y) & counted).flatten(1).sum(dim=1).double()
-                right = hits if right is None else right + hits
-        if samples == 0:
+            count += weight
+            hits = [of_part for _, of_part in found if of_part is not None]
+            counted = self.weights.counted(y)
+            if hits and counted is not None:
+                right = torch.cat(hits) if right is None else right + torch.cat(hits)
+                targets += int(counted.sum())
+        if not seen:
             raise ValueError(
                 "batches yields no samples: expected an iterable that can be read again for each "
                 "chunk of points, not an iterator"
             )
         if loss is None:
-            raise ValueError(f"all targets are ignored (they are {self.ignored}): no loss is left")
+            raise self.weights.no_target_counts()
         self.losses.append(loss.cpu() / count)
         if right is not None:
-            self.accuracies.append(right.cpu() / count)
+            self.accuracies.append(right.cpu() / targets)
 
-    def _counted(self, outputs: Outputs, targets: Tensor) -> Tensor | None:
-        """Which targets are classes that count; None where they are not classes."""
-        logits = _are_classes(outputs, targets) if isinstance(outputs, Tensor) else _whole(targets)
-        # Not as bytes, of which -100 is 156.
-        return targets.long() != self.ignored if logits else None
+    def _hits(self, outputs: Outputs, targets: Any) -> Tensor | None:
+        """How many targets are the largest output, at each point; None where that means nothing."""
+        counted = self.weights.counted(targets)
+        if counted is None or not isinstance(outputs, Tensor):
+            return None
+        dim = self._class_dim(outputs.shape, targets.shape)
+        if dim is None:
+            return None
+        return ((outputs.argmax(dim) == targets) & counted).flatten(1).sum(1).double()
+
+    def _class_dim(self, outputs: torch.Size, targets: torch.Size) -> int | None:
+        """Where the classes are: `(K, N, C, ...)` as in torch, or last."""
+        if len(outputs) != len(targets) + 2:
+            return None
+        dims = {2} if outputs[1:2] + outputs[3:] == targets else set()
+        if outputs[1:-1] == targets and not (dims and self.weights.of_classes):
+            dims.add(len(outputs) - 1)
+        return dims.pop() if len(dims) == 1 else None
 
     def evaluation(self) -> Evaluation:
         """The means over all that was added."""
         empty = torch.zeros(0, dtype=torch.float64)
         loss = torch.cat(self.losses) if self.losses else empty
         return Evaluation(loss, torch.cat(self.accuracies) if self.accuracies else None)
-
-
-def _ignored_target(loss_fn: Any) -> int:
-    """The class that a loss leaves out: torch's default unless it says another."""
-    if isinstance(loss_fn, functools.partial):
-        return loss_fn.keywords.get("ignore_index", _ignored_target(loss_fn.func))
-    return getattr(loss_fn, "ignore_index", IGNORED)
 
 
 def losses_at_points(
@@ -346,7 +487,3 @@ def losses_at_points(
 
 def _whole(targets: Tensor) -> bool:
     return not (targets.is_floating_point() or targets.is_complex())
-
-
-def _are_classes(outputs: Tensor, targets: Tensor) -> bool:
-    return _whole(targets) and outputs.ndim >= 3 and outputs.ndim == targets.ndim + 2

@@ -23,9 +23,11 @@ from assay.functional import (
     filter_normalize,
     parameters_to_vector,
     random_direction,
+    select_parameters,
 )
 from assay.functional.labels import class_indices
-from assay.landscape.evaluation import Batches, Evaluation, logits_of
+from assay.functional.products import Selection
+from assay.landscape.evaluation import Batches, Evaluation, call_with_tensors, logits_of
 from assay.landscape.span import evaluate_span, layers_at_the_input, span_outputs
 
 Pattern = Callable[[Tensor], Any]  # from points (m, z) to losses (m,), as tensor or array
@@ -33,6 +35,7 @@ Pattern = Callable[[Tensor], Any]  # from points (m, z) to losses (m,), as tenso
 KNOT_SPREAD = 8.0  # slope of the random features: how fine a pattern they can follow
 RIDGE = 1e-10  # relative to the largest singular value of the features
 Axis = Tensor | np.ndarray | Sequence[float]
+IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")  # of masks
 CELLS = {"#": 1, ".": -1, " ": 0}  # of a mask in text: good, bad, ignored
 
 
@@ -440,6 +443,8 @@ def _trial(
     inputs: Tensor | None,
 ) -> tuple[list[nn.Linear], Tensor, Tensor, Tensor]:
     """A pass with other weights: the layers called, what the first one got, inputs and output."""
+    tensors = dict(weights)
+    tensors |= {place: weights[name] for place, name in ParameterLayout.of(model).aliases}
     generator = torch.Generator().manual_seed(1)
     first = known[0].weight
     candidates = [inputs] if inputs is not None else [
@@ -458,7 +463,7 @@ def _trial(
             calls.clear()
             try:
                 with evaluating(model):
-                    output = torch.func.functional_call(model, dict(weights), (candidate,))
+                    output = call_with_tensors(model, tensors, candidate)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 refusal = refusal or error
                 continue
@@ -637,19 +642,24 @@ def _bias_directions(model: nn.Module, first: nn.Linear, z: int) -> Tensor:
 # -- patterns by multi-point optimisation ------------------------------------------------------
 
 
-def load_mask(source: object) -> np.ndarray:
+def load_mask(source: object, *, size: tuple[int, int] | None = None) -> np.ndarray:
     r"""A pattern of good (+1), bad (−1) and ignored (0) cells.
 
     Args:
-        source: an array; a path to a `.npy` or text file; or text with one row a line, in which
-            `#` is good, `.` is bad and a blank is ignored.
+        source: an array; text with one row a line, in which `#` is good, `.` is bad and a blank is
+            ignored; or a path to such text, to a `.npy` file, or to an image (`.png`, `.jpg`,
+            `.gif`, `.bmp`, `.webp`), of which what is dark is good, bright bad and transparent
+            ignored.
+        size: rows and columns of the result, by the nearest cell; default those of the source.
 
     Returns:
         An integer array; row 0 is the top.
 
     Raises:
-        ValueError: if it is not two-dimensional, holds other values, or lacks good or bad cells.
+        ValueError: if it is not two-dimensional, holds other values, or lacks good or bad cells; if
+            `size` is not positive, or a file is neither text nor an image.
         FileNotFoundError: if there is no file at the path.
+        ModuleNotFoundError: for an image, if pillow is not installed.
 
     Example:
         >>> from assay.landscape import load_mask
@@ -664,15 +674,38 @@ def load_mask(source: object) -> np.ndarray:
             raise FileNotFoundError(
                 f"there is no file {str(source)!r} (and as text a mask has only '#', '.' and ' ')"
             )
-        text = path.suffix != ".npy"
-        mask = _parse_mask(path.read_text()) if text else np.load(path, allow_pickle=False)
+        mask = _read_mask(path)
     else:
         mask = np.asarray(source)
     if mask.ndim != 2 or not np.isin(mask, (-1, 0, 1)).all():
         raise ValueError(f"a mask is two-dimensional with values −1, 0, 1, got shape {mask.shape}")
+    if size is not None:
+        if min(size) < 1:
+            raise ValueError(f"size must be positive, (rows, columns), got {size}")
+        rows, columns = (
+            ((np.arange(new) + 0.5) * old / new).astype(int)
+            for new, old in zip(size, mask.shape, strict=True)
+        )
+        mask = mask[np.ix_(rows, columns)]
     if not (mask == 1).any() or not (mask == -1).any():
         raise ValueError("a mask needs at least one good (+1) and one bad (−1) cell")
     return mask.astype(np.int64)
+
+
+def _read_mask(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    if path.suffix.lower() not in IMAGES:
+        return _parse_mask(path.read_text(encoding="utf-8", errors="replace"))
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a mask from an image needs pillow: pip install pillow", name=error.name
+        ) from error
+    with Image.open(path) as image:
+        grey, alpha = (np.asarray(band) for band in image.convert("LA").split())
+    return np.where(alpha < 128, 0, np.where(grey < 128, 1, -1))
 
 
 def _parse_mask(text: str) -> np.ndarray:
@@ -720,13 +753,16 @@ class PlaneModel(nn.Module):
         super().__init__()
         if len(models) != 3:
             raise ValueError(f"models must be origin, right and up, got {len(models)}")
+        layouts = [ParameterLayout.of(model) for model in models]
+        if any(layout != layouts[0] for layout in layouts):
+            raise ValueError(
+                "models must be of one architecture, with parameters of the same names and shapes"
+            )
         vectors = [parameters_to_vector(model) for model in models]
-        if len({len(vector) for vector in vectors}) != 1:
-            raise ValueError("models must be of one architecture")
         self.origin, self.right, self.up = (nn.Parameter(v.clone()) for v in vectors)
         self.scale = nn.Parameter(torch.tensor(scale).to(vectors[0]))
         self.orthogonal = orthogonal
-        self.layout = ParameterLayout.of(models[0])
+        self.layout = layouts[0]
         # Not a sub-module: its parameters are not trained and belong to no state_dict.
         object.__setattr__(self, "_template", copy.deepcopy(models[0]))
         self._shared: list[str] | None = None
@@ -736,6 +772,14 @@ class PlaneModel(nn.Module):
         _, r, up = self._basis()
         tilt, stretch = self._tilt_and_stretch(r, up)
         return stretch * (up - tilt * r), r
+
+    def skewness(self) -> Tensor:
+        """(u·r)² + (‖u‖ − ‖r‖)², to be added to the loss where axes are not made orthogonal.
+
+        Skorokhodov and Burtsev multiply it by 10.
+        """
+        u, r = self.axes()
+        return (u @ r).square() + (u.norm() - r.norm()).square()
 
     def weights(self, coordinates: Float[Tensor, "k 2"]) -> Float[Tensor, "k p"]:
         """The weight vectors at points (α, β)."""
@@ -875,16 +919,21 @@ class MultiPointLoss(nn.Module):
 
 @torch.no_grad()
 def random_plane(
-    model: nn.Module, *, generator: torch.Generator | None = None
+    model: nn.Module, *, params: Selection = None, generator: torch.Generator | None = None
 ) -> Float[Tensor, "2 p"]:
     """Two random directions, each filter as long as the model's own.
 
     Args:
         model: at whose weights the plane starts.
+        params: names or a predicate, see `assay.functional.select_parameters`; default all, frozen
+            ones too.
         generator: source of randomness.
 
     Returns:
-        The directions `(2, P)`.
+        The directions `(2, P)`, in the space of the selected parameters.
+
+    Raises:
+        ValueError: if the selection is empty, or the parameters are of several dtypes.
 
     Example:
         >>> import torch
@@ -897,7 +946,11 @@ def random_plane(
         NeurIPS 2018.
     """
     drawn = [random_direction(model, generator=generator) for _ in range(2)]
-    return torch.stack([filter_normalize(d, model) for d in drawn])
+    plane = torch.stack([filter_normalize(d, model) for d in drawn])
+    if params is None:
+        return plane
+    pieces = ParameterLayout.of(model).unflatten(plane)
+    return torch.cat([pieces[name].flatten(1) for name in select_parameters(model, params)], dim=1)
 
 
 def scan_plane(
@@ -908,12 +961,16 @@ def scan_plane(
     first: Axis,
     second: Axis,
     origin: Tensor | None = None,
+    params: Selection = None,
     loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
     update_bn: bool = True,
     bn_batches: Iterable[object] | None = None,
     chunk_size: int = 64,
 ) -> dict[str, Evaluation]:
     """Loss and accuracy on a grid of a plane, origin + a · d₁ + b · d₂.
+
+    Of some parameters alone, e.g. of the layer whose trajectory was recorded, with `params`: then
+    `directions` and `origin` are vectors of these, and the others stay as they are.
 
     BatchNorm statistics are recomputed at every point, see `evaluate`: with those of one point the
     picture of the others is false.
@@ -925,17 +982,19 @@ def scan_plane(
         first: values of a, `(A,)`, a tensor, array or list of numbers.
         second: values of b, `(B,)`.
         origin: `(P,)`; default the model's weights.
-        loss_fn: `(output, target) -> scalar`.
+        params: the selection in whose order directions and origin are; default all parameters of
+            the model, frozen ones too.
+        loss_fn: `(output, target) -> scalar`, a mean over the batch; see `evaluate`.
         update_bn: whether to recompute running statistics at each point.
         bn_batches: the data to take them of; default the set named `"train"`.
-        chunk_size: weight vectors at a time.
+        chunk_size: points at a time, at most; see `evaluate_span`.
 
     Returns:
         For each set an `Evaluation` with A · B entries, b running fastest: `.loss.view(A, B)`.
 
     Raises:
-        ValueError: if `directions` is not `(2, P)`, `first` or `second` is no vector of finite
-            numbers or empty, or what `evaluate` raises.
+        ValueError: if `directions` is not `(2, P)` or `origin` not `(P,)`, `first` or `second` is
+            no vector of finite numbers or empty, or what `evaluate` raises.
 
     Example:
         >>> import torch
@@ -947,19 +1006,37 @@ def scan_plane(
         >>> found["train"].loss.view(3, 3).shape
         torch.Size([3, 3])
     """
-    start = parameters_to_vector(model) if origin is None else origin
-    if directions.shape != (2, len(start)):
+    start = parameters_to_vector(model)
+    layout = ParameterLayout.of(model)
+    chosen = layout if params is None else ParameterLayout.over(select_parameters(model, params))
+    if directions.shape != (2, chosen.numel):
         raise ValueError(
-            f"directions must have shape (2, {len(start)}), got {tuple(directions.shape)}"
+            f"directions must have shape (2, {chosen.numel}), got {tuple(directions.shape)}"
         )
+    if origin is not None and origin.shape != (chosen.numel,):
+        raise ValueError(f"origin must have shape ({chosen.numel},), got {tuple(origin.shape)}")
+    directions = _widened(chosen, directions.to(start), layout, torch.zeros_like(start))
+    if origin is not None:
+        start = _widened(chosen, origin.to(start)[None], layout, start)[0]
     axes = _axis("first", first).to(start), _axis("second", second).to(start)
     a, b = torch.meshgrid(*axes, indexing="ij")
     coefficients = torch.stack([torch.ones_like(a), a, b], dim=-1).flatten(0, 1)
-    basis = torch.cat([start[None], directions.to(start)])
+    basis = torch.cat([start[None], directions])
     return evaluate_span(
         model, basis, coefficients, batches,
         loss_fn=loss_fn, update_bn=update_bn, bn_batches=bn_batches, chunk_size=chunk_size,
     )  # fmt: skip
+
+
+def _widened(
+    chosen: ParameterLayout, vectors: Tensor, layout: ParameterLayout, others: Tensor
+) -> Tensor:
+    """Vectors of chosen parameters as vectors of all, in which the others are given."""
+    wide = others.repeat(len(vectors), 1)
+    pieces = layout.unflatten(wide)
+    for name, values in chosen.unflatten(vectors).items():
+        pieces[name].copy_(values)
+    return wide
 
 
 def _axis(name: str, values: object) -> Tensor:

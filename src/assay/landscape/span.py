@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,20 +11,24 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from assay.functional import ParameterLayout, evaluating, plain_attention, running_norms
+from assay.functional import ParameterLayout, call_model, evaluating, running_norms
 from assay.functional.ensemble import plain_layers, run_chain
 from assay.functional.products import as_batches, pair_of
 from assay.landscape.evaluation import (
+    CPU_SAMPLES_OF_CHAIN,
+    Answers,
     Batches,
     Evaluation,
     Outputs,
     Totals,
     at_points,
+    batch_size,
+    call_with_tensors,
     evaluate,
+    fitting_chunk,
     joined,
+    on_device,
 )
-
-CPU_SAMPLES = 8_192  # points times samples at once: beyond, activations leave the cache
 
 
 @torch.no_grad()
@@ -45,13 +50,15 @@ def evaluate_span(
     times instead of K times. That is most of the work in small nets.
 
     Args:
-        model: its forward takes one tensor; what it returns is up to `loss_fn`.
+        model: any module; what it returns is up to `loss_fn`.
         basis: B weight vectors, or directions, in the order of
-            `assay.functional.parameters_to_vector`.
+            `assay.functional.parameters_to_vector`; rounded to the precision of the model.
         coefficients: the points are `coefficients @ basis`.
-        batches: batches `(x, y)`, or one pair `(x, y)`, by the name of the set.
-        loss_fn: `(output, target) -> scalar`, a mean over the batch.
-        chunk_size: points at a time at most.
+        batches: batches `(x, y)`, or one pair `(x, y)`, by the name of the set, as `evaluate` takes
+            them.
+        loss_fn: `(output, target) -> scalar`, a mean over the batch; see `evaluate`.
+        chunk_size: points whose weights and outputs are held at once, at most. With 1, `vmap` is
+            not used: for models that it cannot run (recurrent ones are recognised).
         update_bn: whether to recompute running statistics at each point; a model that has any is
             then evaluated point by point.
         bn_batches: the data to take them of; default the set named `"train"`.
@@ -61,7 +68,7 @@ def evaluate_span(
         to rounding.
 
     Raises:
-        ValueError: as `evaluate`.
+        ValueError: as `evaluate`, or if there are no coefficients.
 
     Example:
         >>> import torch
@@ -77,18 +84,21 @@ def evaluate_span(
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     if len(coefficients) == 0:
         raise ValueError("coefficients is empty: expected at least one point")
+    basis = basis.to(next(model.parameters(), basis))
+    coefficients = coefficients.to(basis)
     if (update_bn and running_norms(model)) or recurrent:
         points = (row @ basis for row in coefficients)
         return evaluate(
             model, points, batches, loss_fn=loss_fn, update_bn=update_bn, bn_batches=bn_batches
         )
     model = copy.deepcopy(model).eval()
+    chunk_size = fitting_chunk(chunk_size, basis.shape[1])
     tensors = ParameterLayout.of(model).unflatten(basis, aliases=True)
     results = {}
     for name, of_set in batches.items():
         total = Totals(loss_fn)
         of_set = as_batches(of_set)
-        total.add(_outputs(model, tensors, coefficients.to(basis), of_set, chunk_size))
+        total.add(_outputs(model, tensors, coefficients, of_set, chunk_size))
         results[name] = total.evaluation()
     return results
 
@@ -99,30 +109,40 @@ def _outputs(
     coefficients: Tensor,
     batches: Batches,
     chunk_size: int,
-) -> Iterator[tuple[Outputs, Tensor]]:
-    """Outputs at all combinations with the targets, batch by batch."""
+) -> Iterator[Answers]:
+    """Outputs at all combinations batch by batch, with inputs and targets."""
     shared: list[str] | None = None
     for x, y in map(pair_of, batches):
-        if len(x) == 0:
+        samples = batch_size(x)
+        if samples == 0:
             continue
-        x, y = x.to(coefficients.device), y.to(coefficients.device)
+        x, y = on_device(x, coefficients.device), on_device(y, coefficients.device)
         shared = layers_at_the_input(model, x) if shared is None else shared
         at_once = chunk_size
         if coefficients.device.type == "cpu":
-            at_once = max(1, min(chunk_size, CPU_SAMPLES // len(x)))
-        memory: dict[str, Tensor] = {}
-        parts = [
-            span_outputs(model, tensors, part, x, shared, memory)
-            for part in coefficients.split(at_once)
-        ]
-        yield joined(parts), y
+            at_once = min(chunk_size, max(1, CPU_SAMPLES_OF_CHAIN // samples))
+        run = functools.partial(_at_parts, model, tensors, x, shared, at_once, {})
+        yield map(run, coefficients.split(chunk_size)), x, y
+
+
+def _at_parts(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    x: Any,
+    shared: Sequence[str],
+    at_once: int,
+    memory: dict[str, Tensor],
+    coefficients: Tensor,
+) -> Outputs:
+    parts = coefficients.split(at_once)
+    return joined(span_outputs(model, tensors, part, x, shared, memory) for part in parts)
 
 
 def span_outputs(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     coefficients: Float[Tensor, "k b"],
-    x: Tensor,
+    x: Any,
     shared: Sequence[str],
     memory: dict[str, Tensor] | None = None,
 ) -> Outputs:
@@ -133,7 +153,7 @@ def span_outputs(
             cannot run, are run at one combination after the other.
         tensors: every parameter at the B basis vectors, `(B, *shape)`, by name.
         coefficients: of the combinations.
-        x: the model's input.
+        x: the model's inputs, as `assay.functional.call_model` takes them.
         shared: names from `layers_at_the_input`.
         memory: keeps what these layers answer at the basis vectors, for further calls with the same
             input and weights.
@@ -142,7 +162,7 @@ def span_outputs(
         `(K, N, ...)`, or a list of K outputs if the model does not return a tensor.
     """
     chain = plain_layers(model)
-    if chain is not None and x.ndim >= 2:
+    if chain is not None and isinstance(x, Tensor) and x.ndim >= 2:
         return _chain_outputs(chain, tensors, coefficients, x, shared, memory)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     at_once = not recurrent and not any(norm.training for norm in running_norms(model))
@@ -154,10 +174,9 @@ def span_outputs(
         with contextlib.ExitStack() as stack:
             for name, layer in layers.items():
                 stack.enter_context(_mixing(name, layer, tensors, c, memory))
-            return torch.func.functional_call(model, substitute, (x,), tie_weights=False)
+            return call_with_tensors(model, substitute, x)
 
-    with plain_attention():
-        return at_points(output, coefficients, at_once=at_once)
+    return at_points(output, coefficients, at_once=at_once)
 
 
 def _chain_outputs(
@@ -196,12 +215,12 @@ def _mix(coefficients: Float[Tensor, "k b"], tensors: Tensor) -> Tensor:
     return (coefficients @ tensors.flatten(1)).unflatten(1, tensors.shape[1:])
 
 
-def layers_at_the_input(model: nn.Module, x: Tensor) -> list[str]:
+def layers_at_the_input(model: nn.Module, x: Any) -> list[str]:
     """Names of linear layers and convolutions whose input does not depend on any weight.
 
     Args:
-        model: any module; a pass is made with one sample.
-        x: its input.
+        model: any module; a pass is made, with one sample if the input is a tensor.
+        x: its inputs.
     """
     calls: dict[str, list[bool]] = {}
     handles = []
@@ -212,13 +231,14 @@ def layers_at_the_input(model: nn.Module, x: Tensor) -> list[str]:
             continue  # subclasses may do anything; tied weights are also used elsewhere
 
         def note(_: nn.Module, inputs: tuple, name: str = name) -> None:
-            calls.setdefault(name, []).append(inputs[0].requires_grad)
+            calls.setdefault(name, []).append(inputs[0].requires_grad if inputs else True)
 
         handles.append(layer.register_forward_pre_hook(note))
     tracked = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
+    tracked |= {place: tracked[name] for place, name in ParameterLayout.of(model).aliases}
     try:
         with torch.enable_grad(), evaluating(model):
-            torch.func.functional_call(model, tracked, (x.detach()[:1],))
+            call_with_tensors(model, tracked, x.detach()[:1] if isinstance(x, Tensor) else x)
     finally:
         for handle in handles:
             handle.remove()
@@ -274,13 +294,13 @@ def answering(layer: nn.Module, answer: Tensor) -> contextlib.AbstractContextMan
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+def outputs_of(model: nn.Module, names: Sequence[str], x: Any) -> dict[str, Tensor]:
     """What some layers of a model say in a pass.
 
     Args:
         model: runs on `x`.
         names: of the layers, each called once.
-        x: the input.
+        x: the inputs.
     """
     found: dict[str, Tensor] = {}
     handles = []
@@ -292,7 +312,7 @@ def outputs_of(model: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, T
         handles.append(model.get_submodule(name).register_forward_hook(keep))
     try:
         if names:
-            model(x)
+            call_model(model, x)
     finally:
         for handle in handles:
             handle.remove()

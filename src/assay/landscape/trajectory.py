@@ -19,12 +19,18 @@ from assay.functional import (
     bisect,
     bracket,
     evaluating,
-    plain_attention,
     select_parameters,
 )
 from assay.functional.ensemble import plain_layers, run_chain
 from assay.functional.products import Selection, as_batches, pair_of
-from assay.landscape.evaluation import Batches, losses_at_points
+from assay.landscape.evaluation import (
+    Batches,
+    BatchWeights,
+    batch_size,
+    call_with_tensors,
+    fitting_chunk,
+    losses_at_points,
+)
 from assay.landscape.span import answering, layers_at_the_input, outputs_of
 
 # Weight vectors times samples that run at once: beyond, activations leave the cache.
@@ -147,7 +153,7 @@ class TrajectoryPCA:
         detrend: subtract a straight line from each weight instead of its mean.
 
     Raises:
-        ValueError: if `k` < 1; in `fit`, for fewer than 3 snapshots.
+        ValueError: if `k` < 1; in `fit`, for fewer than 3 snapshots, or if one is not finite.
 
     Example:
         >>> import torch
@@ -184,13 +190,17 @@ class TrajectoryPCA:
             rows, reference = trajectory.snapshots().double(), trajectory.reference
         else:
             rows, reference = trajectory.double(), None
+        if rows.ndim != 2 or len(rows) < 3:
+            raise ValueError(
+                f"a trajectory needs at least 3 snapshots (M, P), got shape {tuple(rows.shape)}"
+            )
         m, p = rows.shape
-        if m < 3:
-            raise ValueError(f"a trajectory needs at least 3 snapshots, got {m}")
         mean = rows.mean(0)
+        if not bool(mean.isfinite().all()):
+            raise ValueError("the trajectory holds NaN or infinity: did the training diverge?")
         centred = rows - mean
         if self.detrend:
-            time = torch.arange(m, dtype=torch.float64) - (m - 1) / 2
+            time = torch.arange(m, dtype=torch.float64, device=rows.device) - (m - 1) / 2
             slope = time @ centred / time.square().sum()
             centred = centred - time.unsqueeze(1) * slope
         if m < p:
@@ -262,16 +272,20 @@ def flatness(
     step: float = 0.01,
     rtol: float = 1e-3,
     max_doublings: int = 40,
+    chunk_size: int = 64,
 ) -> Flatness:
     """Widths of the loss along directions: where L(c + δp) = level · L(c), on both sides.
 
     Brackets by doubling, then bisects, all directions and both sides in lock-step; layers below
-    the moving weights are computed once for all of them.
+    the moving weights are computed once for all of them. Running statistics of norms stay as they
+    are at every point. Batches count as in `assay.landscape.evaluate`: by samples, or by the
+    targets that are not ignored.
 
     Args:
         model: evaluated in evaluation mode.
         loss_fn: `(output, target) -> scalar`, a mean over the batch.
-        data: one pair `(inputs, targets)` or an iterable of such, all of it is used.
+        data: one pair `(inputs, targets)` or an iterable of such, all of it is used. Inputs are a
+            tensor, a tuple of arguments or a mapping of keyword arguments.
         directions: `(K, P)`, normalised by the caller.
         center: `(P,)`; default the model's weights.
         params: the selection in whose order directions and center are.
@@ -279,14 +293,17 @@ def flatness(
         step: first stride.
         rtol: relative tolerance of each distance.
         max_doublings: a direction whose level is not reached by then is infinitely flat.
+        chunk_size: weight vectors held at once, at most, see `assay.landscape.evaluate`. With 1,
+            `vmap` is not used: for models that it cannot run (recurrent ones are recognised).
 
     Returns:
         Distances to both sides and the loss at the centre.
 
     Raises:
-        ValueError: if `level` ≤ 1, shapes do not fit, `data` is empty (also when it is an iterator,
-            which cannot be read again) or holds no pairs, or the loss at the centre is 0 (no level
-            above it can be defined by a factor) or not finite.
+        ValueError: if `level` ≤ 1, `chunk_size` < 1, shapes do not fit, `data` is empty (also when
+            it is an iterator, which cannot be read again), holds no pairs or only ignored targets,
+            or the loss at the centre is 0 (no level above it can be defined by a factor) or not
+            finite.
 
     Example:
         >>> import torch
@@ -304,24 +321,19 @@ def flatness(
     """
     if not level > 1:
         raise ValueError(f"level must be greater than 1, got {level}")
-    line = _Losses(model, loss_fn, data, params)
-    center = line.weights() if center is None else center.to(line.dtype)
-    if directions.ndim != 2 or directions.shape[1] != line.layout.numel:
-        raise ValueError(
-            f"directions must have shape (K, {line.layout.numel}), got {tuple(directions.shape)}"
-        )
-    if center.shape != (line.layout.numel,):
-        raise ValueError(f"center must have shape ({line.layout.numel},), got {center.shape}")
-    start = float(line(center[None])[0])
+    line = _Losses(model, loss_fn, data, params, chunk_size)
+    center, directions = line.center_and_directions(center, directions)
+    k = len(directions)
+    start = float(line.at(center[None])[0])
     if not 0 < start < math.inf:
         raise ValueError(f"the loss at the centre must be positive and finite, it is {start}")
-    both = torch.cat([directions, -directions]).to(line.dtype)
 
     def excess(t: Tensor, rows: Tensor) -> Tensor:
-        losses = line(center + t.unsqueeze(1).to(line.dtype) * both[rows])
+        losses = line.along(center, directions, torch.where(rows < k, t, -t), rows % max(k, 1))
         return (losses - level * start).nan_to_num(nan=math.inf, posinf=math.inf)
 
-    found = bracket(excess, torch.full((len(both),), step).double(), max_iter=max_doublings)
+    strides = torch.full((2 * k,), step, dtype=torch.float64, device=center.device)
+    found = bracket(excess, strides, max_iter=max_doublings)
     edges = bisect(excess, found.low, found.high, rtol=rtol)
     right, left = edges.point.chunk(2)
     return Flatness(left, right, start)
@@ -336,39 +348,71 @@ class _Losses:
         loss_fn: Callable[[Any, Any], Tensor],
         data: Batches,
         params: Selection,
+        chunk_size: int,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
         self.params = select_parameters(model, params)
         self.layout = ParameterLayout.over(self.params)
-        self.dtype = next(iter(self.params.values())).dtype
+        self.chunk_size = fitting_chunk(chunk_size, self.layout.numel)
+        self._places = [
+            (place, name)
+            for place, name in ParameterLayout.of(model).aliases
+            if name in self.params
+        ]
         self._data = as_batches(data)
+        self._counts = BatchWeights(loss_fn)
         self._resting: dict[int, dict[str, Tensor]] = {}
         self._inside: dict[int, Tensor] = {}
         self._batched = not any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._chain = plain_layers(model)
 
-    def weights(self) -> Tensor:
-        return self.layout.flatten(self.params).detach()
+    def center_and_directions(
+        self, center: Tensor | None, directions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both checked, in the model's precision; the centre is by default the model's weights."""
+        own = self.layout.flatten(self.params).detach()
+        if directions.ndim != 2 or directions.shape[1] != len(own):
+            raise ValueError(
+                f"directions must have shape (K, {len(own)}), got {tuple(directions.shape)}"
+            )
+        if center is not None and center.shape != own.shape:
+            raise ValueError(f"center must have shape ({len(own)},), got {tuple(center.shape)}")
+        return own if center is None else center.to(own), directions.to(own)
+
+    def along(self, center: Tensor, directions: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """At center + t · direction, for distances `(R,)` along the directions `rows`."""
+        parts = zip(t.to(center).split(self.chunk_size), rows.split(self.chunk_size), strict=True)
+        losses = [self.at(center + far.unsqueeze(1) * directions[row]) for far, row in parts]
+        return torch.cat(losses)
 
     @torch.no_grad()
-    def __call__(self, vectors: Tensor) -> Tensor:
+    def at(self, vectors: Tensor) -> Tensor:
+        """At weight vectors `(K, P)`."""
         with evaluating(self.model):
             return self._mean(vectors)
 
     def _mean(self, vectors: Tensor) -> Tensor:
         total = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
-        samples = 0
+        seen, count = False, 0.0
         for inputs, targets in map(pair_of, self._data):
-            size = max(1, SAMPLES_AT_ONCE // max(1, len(inputs)))
-            parts = [self._losses(part, inputs, targets) for part in vectors.split(size)]
-            total += torch.cat(parts).double() * len(inputs)
-            samples += len(inputs)
-        if samples == 0:
+            samples = batch_size(inputs)
+            if samples == 0:
+                continue
+            seen, weight = True, self._counts(inputs, targets)
+            if weight == 0:
+                continue
+            size = max(1, SAMPLES_AT_ONCE // samples)
+            losses = [self._losses(part, inputs, targets) for part in vectors.split(size)]
+            total += self._counts.sums(torch.cat(losses), weight)
+            count += weight
+        if not seen:
             raise ValueError(
                 "data yields no samples: expected a pair (inputs, targets), or an iterable of such "
                 "that can be read again for each distance, not an iterator"
             )
-        return total / samples
+        if count == 0:
+            raise self._counts.no_target_counts()
+        return total / count
 
     def _losses(self, vectors: Tensor, inputs: Any, targets: Any) -> Tensor:
         if self._chain is not None and isinstance(inputs, Tensor) and inputs.ndim >= 2:
@@ -377,12 +421,13 @@ class _Losses:
 
         def loss(vector: Tensor) -> Tensor:
             weights = self.layout.unflatten(vector)
-            output = torch.func.functional_call(self.model, weights, (inputs,))
-            return self.loss_fn(output, targets)
+            weights |= {place: weights[name] for place, name in self._places}
+            output = call_with_tensors(self.model, weights, inputs)
+            return losses_at_points(self.loss_fn, [output], targets)[0]
 
-        if not self._batched:
+        if not self._batched or len(vectors) == 1:
             return torch.stack([loss(vector) for vector in vectors])
-        with plain_attention(), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             for name, answer in self._answers_at_rest(inputs).items():
                 stack.enter_context(answering(self.model.get_submodule(name), answer))
             return torch.func.vmap(loss)(vectors)
@@ -471,7 +516,8 @@ def variance_flatness_fit(
         The fit.
 
     Raises:
-        ValueError: if fewer than 3 directions with finite width are left.
+        ValueError: if `first` < 1, the shapes do not fit, or fewer than 3 directions with finite
+            width are left.
 
     Example:
         >>> import torch
@@ -485,12 +531,14 @@ def variance_flatness_fit(
             f"width and variance must be vectors of one length, got {tuple(width.shape)} and "
             f"{tuple(variance.shape)}"
         )
+    if first < 1:
+        raise ValueError(f"first is a rank, from 1 on, got {first}")
     last = min(last, len(width))
     if points is None:
         ranks = np.arange(first, last + 1)
     else:
         ranks = np.unique(np.geomspace(first, max(first, last), points).round().astype(int))
-    f, s = width.double().numpy()[ranks - 1], variance.double().numpy()[ranks - 1]
+    f, s = (t.detach().double().cpu().numpy()[ranks - 1] for t in (width, variance))
     usable = np.isfinite(f) & (f > 0) & (s > 0)
     if usable.sum() < 3:
         raise ValueError(
@@ -564,6 +612,7 @@ def minibatch_statistics(
     center: Tensor | None = None,
     params: Selection = None,
     step: float = 0.05,
+    chunk_size: int = 64,
 ) -> MinibatchStatistics:
     """Statistics of the ensemble of mini-batch losses along directions, by central differences.
 
@@ -577,12 +626,14 @@ def minibatch_statistics(
         center: `(P,)`; default the model's weights.
         params: the selection in whose order directions and center are.
         step: distance of the three points, in units of weight space.
+        chunk_size: as of `flatness`.
 
     Returns:
         Variances and means over the batches.
 
     Raises:
-        ValueError: if there are fewer than two batches or `step` is not positive.
+        ValueError: if there are fewer than two batches, `step` is not positive, `chunk_size` < 1 or
+            shapes do not fit.
 
     Example:
         >>> import torch
@@ -598,13 +649,14 @@ def minibatch_statistics(
         raise ValueError(f"step must be positive, got {step}")
     slopes, curvatures = [], []
     for batch in as_batches(batches):
-        line = _Losses(model, loss_fn, [batch], params)
-        middle = line.weights() if center is None else center.to(line.dtype)
-        moves = step * directions.to(line.dtype)
-        losses = line(torch.cat([middle[None], middle + moves, middle - moves]))
-        up, down = losses[1:].chunk(2)
+        line = _Losses(model, loss_fn, [batch], params, chunk_size)
+        middle, along = line.center_and_directions(center, directions)
+        rows = torch.arange(len(along), device=middle.device).repeat(2)
+        far = torch.full((len(along),), step, dtype=torch.float64, device=middle.device)
+        here = line.at(middle[None])
+        up, down = line.along(middle, along, torch.cat([far, -far]), rows).chunk(2)
         slopes.append((up - down) / (2 * step))
-        curvatures.append((up + down - 2 * losses[0]) / step**2)
+        curvatures.append((up + down - 2 * here) / step**2)
     if len(slopes) < 2:
         raise ValueError(f"batches must hold at least two mini-batches, got {len(slopes)}")
     slope, h = torch.stack(slopes), torch.stack(curvatures)

@@ -1,14 +1,15 @@
 """Optimizers that divide the gradient by curvature: DiagGGN and KFAC."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from assay.curvature import KroneckerFactors, extend
+from assay.curvature import KroneckerFactors, all_reduce_quantities, extend
+from assay.curvature.engine import unwrapped
 from assay.functional import select_parameters
 
 LR, KL_CLIP = 0.1, 1e-3
@@ -29,14 +30,10 @@ class _CurvatureOptimizer(Optimizer):
         mc_samples: int | None,
         generator: torch.Generator | None,
         kl_clip: float | None,
+        params: Iterable[Any] | None,
     ) -> None:
         if lr is None:
             lr, kl_clip = LR, KL_CLIP if kl_clip is None else kl_clip
-        for name, value in (("lr", lr), ("l2", l2)):
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        if not damping > 0:
-            raise ValueError(f"damping must be positive, got {damping}")
         if update_freq < 1:
             raise ValueError(f"update_freq must be at least 1, got {update_freq}")
         if mc_samples is not None and mc_samples < 1:
@@ -50,7 +47,24 @@ class _CurvatureOptimizer(Optimizer):
         self.generator = generator
         self.kl_clip = kl_clip
         defaults = {"lr": lr, "damping": damping, "l2": l2}
-        super().__init__(select_parameters(model).values(), defaults)
+        super().__init__(select_parameters(model).values() if params is None else params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model, with settings of their own.
+
+        Args:
+            param_group: as of any optimizer: `params`, and perhaps `lr`, `damping`, `l2`.
+
+        Raises:
+            ValueError: if a setting is out of its range.
+        """
+        settings = {**self.defaults, **param_group}
+        for name in ("lr", "l2"):
+            if not settings[name] >= 0:
+                raise ValueError(f"{name} must not be negative, got {settings[name]}")
+        if not settings["damping"] > 0:
+            raise ValueError(f"damping must be positive, got {settings['damping']}")
+        super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         """With the model, whose parameters these are."""
@@ -67,26 +81,27 @@ class _CurvatureOptimizer(Optimizer):
     def _divide(self, state: dict[str, Any], gradient: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """One step.
 
         Args:
             closure: clears the gradients, computes the loss from the model, calls `backward()` on
-                it, and returns it.
+                it, and returns it. Of several backward passes the last gives the curvature.
 
         Returns:
             The loss.
 
         Raises:
             TypeError: if there is no closure.
-            RuntimeError: if the closure made no backward pass through the model.
+            RuntimeError: if the closure made no backward pass through the model, or a parameter is
+                no longer the model's.
         """
         if closure is None:
-            raise TypeError("step needs a closure that computes the loss: curvature is its second")
+            raise TypeError("step needs a closure that computes the loss, whose curvature it takes")
         group = self.param_groups[0]
         first = group["params"][0]
         count = int(self.state[first].get("step", 0)) if first in self.state else 0
-        if count % self.update_freq == 0:
+        if count % self.update_freq == 0 or not self._known_everywhere():
             loss = self._with_curvature(closure)
         else:
             with torch.enable_grad():
@@ -94,8 +109,23 @@ class _CurvatureOptimizer(Optimizer):
         self._update(count)
         return loss
 
+    def _names(self) -> dict[Tensor, str]:
+        """The parameters that are trained now: those frozen since have no curvature."""
+        names = {p: name for name, p in unwrapped(self.model).named_parameters()}
+        trained = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        if any(p not in names for p in trained):
+            raise RuntimeError(
+                "a parameter of the optimizer is not one of the model's: make a new optimizer for "
+                "a model whose parameters were replaced"
+            )
+        return {p: names[p] for p in trained}
+
+    def _known_everywhere(self) -> bool:
+        """Whether each state has more than the number of steps."""
+        return all(len(self.state.get(p, ())) > 1 for p in self._names())
+
     def _with_curvature(self, closure: Callable[[], Tensor]) -> Tensor:
-        quantity = self._quantity()
+        quantity, names = self._quantity(), self._names()
         with (
             torch.enable_grad(),
             extend(
@@ -104,20 +134,21 @@ class _CurvatureOptimizer(Optimizer):
                 [quantity],
                 mc_samples=self.mc_samples or 1,
                 generator=self.generator,
+                params=list(names.values()),
             ) as quantities,
         ):
             loss = closure()
         if quantity not in quantities:
             raise RuntimeError("the closure did not call backward() on a loss of the model")
-        self._remember_all(quantities[quantity])
-        return loss
-
-    def _remember_all(self, entries: dict[str, Any]) -> None:
-        names = {id(p): name for name, p in self.model.named_parameters()}
+        found = quantities
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            found = all_reduce_quantities(quantities, self.model.process_group)
         for group in self.param_groups:
             for p in group["params"]:
-                damping = group["damping"] + group["l2"]
-                self._remember(self.state[p], entries[names[id(p)]], damping)
+                if p in names:
+                    damping = group["damping"] + group["l2"]
+                    self._remember(self.state[p], found[quantity][names[p]], damping)
+        return loss
 
     @torch.no_grad()
     def _update(self, count: int) -> None:
@@ -154,7 +185,9 @@ class DiagGGN(_CurvatureOptimizer):
     implementations of KFAC). For a loss that is a sum, that is the sum over samples.
 
     Args:
-        model: any module that `assay.curvature` takes; BatchNorm in evaluation mode.
+        model: any module that `assay.curvature` takes; BatchNorm in evaluation mode. Of a
+            `DistributedDataParallel`, which closures then call, curvature is averaged as gradients
+            are.
         loss_fn: the loss that closures use.
         lr: α; without it 0.1, and `kl_clip`.
         damping: λ.
@@ -163,6 +196,8 @@ class DiagGGN(_CurvatureOptimizer):
         mc_samples: draws for an unbiased estimate; None for the exact diagonal.
         generator: of the draws.
         kl_clip: κ; 1e-3 if there is no `lr` either, None for whole steps.
+        params: parameters or groups, as other optimizers take; default all of the model that
+            require a gradient.
 
     Raises:
         ValueError: if an argument is out of its range, or the model has no parameter to train.
@@ -199,9 +234,10 @@ class DiagGGN(_CurvatureOptimizer):
         mc_samples: int | None = 1,
         generator: torch.Generator | None = None,
         kl_clip: float | None = None,
+        params: Iterable[Any] | None = None,
     ) -> None:
         super().__init__(
-            model, loss_fn, lr, damping, l2, update_freq, mc_samples, generator, kl_clip
+            model, loss_fn, lr, damping, l2, update_freq, mc_samples, generator, kl_clip, params
         )
 
     def _quantity(self) -> str:
@@ -230,7 +266,9 @@ class KFAC(_CurvatureOptimizer):
     implementations). For a loss that is a sum, that is the sum over samples.
 
     Args:
-        model: any module that `assay.curvature` takes; BatchNorm in evaluation mode.
+        model: any module that `assay.curvature` takes; BatchNorm in evaluation mode. Of a
+            `DistributedDataParallel`, which closures then call, curvature is averaged as gradients
+            are.
         loss_fn: the loss that closures use.
         lr: α; without it 0.1, and `kl_clip`.
         damping: λ.
@@ -239,6 +277,8 @@ class KFAC(_CurvatureOptimizer):
         mc_samples: draws for the gradients' factor; None for the exact one (KFLR).
         generator: of the draws.
         kl_clip: κ; 1e-3 if there is no `lr` either, None for whole steps.
+        params: parameters or groups, as other optimizers take; default all of the model that
+            require a gradient.
 
     Raises:
         ValueError: if an argument is out of its range, or the model has no parameter to train.
@@ -276,9 +316,10 @@ class KFAC(_CurvatureOptimizer):
         mc_samples: int | None = 1,
         generator: torch.Generator | None = None,
         kl_clip: float | None = None,
+        params: Iterable[Any] | None = None,
     ) -> None:
         super().__init__(
-            model, loss_fn, lr, damping, l2, update_freq, mc_samples, generator, kl_clip
+            model, loss_fn, lr, damping, l2, update_freq, mc_samples, generator, kl_clip, params
         )
 
     def _quantity(self) -> str:
