@@ -163,6 +163,36 @@ def test_batches_of_any_size_give_the_mean_over_all_samples():
     torch.testing.assert_close(split.gradient(), whole.gradient(), **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight": torch.tensor([1.0, 5.0, 0.2]).double()},
+        {"ignore_index": 1},
+        {"reduction": "sum"},
+        {"weight": torch.tensor([1.0, 5.0, 0.2]).double(), "ignore_index": 2},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator, ResidualOperator])
+def test_batches_count_as_the_loss_counts(kind, settings):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    loss_fn = nn.CrossEntropyLoss(**settings)
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.tensor([0, 0, 1, 2, 2, 2, 1, 0, 1])
+    parts = [(x[:2], y[:2]), (x[2:3], y[2:3]), (x[3:6], y[3:6]), (x[6:], y[6:])]
+    whole, split = kind(model, loss_fn, (x, y)), kind(model, loss_fn, parts)
+    v = torch.randn(whole.numel, dtype=torch.float64)
+    torch.testing.assert_close(split @ v, whole @ v, **TOLERANCE)
+    torch.testing.assert_close(split.gradient(), whole.gradient(), **TOLERANCE)
+
+
+def test_data_without_a_target_that_counts():
+    loss_fn = nn.CrossEntropyLoss(ignore_index=1)
+    data = torch.randn(2, 4), torch.ones(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="all targets are ignored"):
+        HessianOperator(nn.Linear(4, 3), loss_fn, data).gradient()
+
+
 def test_nothing_is_left_behind():
     model, loss_fn, data = _cases()["convolution-train"]
     model = model.double()

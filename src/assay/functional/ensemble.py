@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from assay.functional.batches import IGNORED
 from assay.functional.batchnorm import running_norms
 from assay.functional.modes import evaluating
 from assay.functional.products import plain_attention
@@ -29,7 +30,6 @@ ELEMENTWISE = (
     nn.Tanh,
     nn.Dropout,
 )
-IGNORED = -100  # the target that torch's cross-entropy leaves out
 # Attributes of a module that say how it computes.
 SETTINGS = (bool, int, float, complex, str, tuple, type(None), Tensor)
 

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from assay.functional.batches import BatchWeights, batch_size
 from assay.functional.likelihood import per_sample_loss
 from assay.functional.parameters import ParameterLayout
 
@@ -191,7 +192,8 @@ class LossOperator(ABC):
 
     Args:
         model: any module; passes are made in its present mode, see `repeatable`.
-        loss_fn: `(output, target) -> scalar`, a mean over the batch.
+        loss_fn: `(output, target) -> scalar`, a mean over the batch; over several batches one of
+            torch's counts classes by their weights, no ignored targets, and adds up if it is a sum.
         data: one pair `(inputs, targets)`, or an iterable of such that can be iterated again.
             Inputs may be a tensor, a tuple, or a mapping of keyword arguments.
         params: see `select_parameters`.
@@ -212,6 +214,7 @@ class LossOperator(ABC):
         self._data = as_batches(data)
         self.single = self._data is not data
         self._known_twice = False
+        self._weights = BatchWeights(loss_fn)
 
     @property
     def numel(self) -> int:
@@ -300,24 +303,32 @@ class LossOperator(ABC):
             raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
         return loss
 
-    def _mean(self, one: Callable[[Any, Any], list[Tensor]]) -> Tensor:
+    def _mean(self, one: Callable[[Any, Any], list[Tensor]], *, by_samples: bool = False) -> Tensor:
+        """Over batches: as the loss averages, or by their numbers of samples."""
+        adds = self._weights.is_sum and not by_samples
         total: Tensor | None = None
-        samples = 0
+        whole, seen = 0.0, False
         for inputs, targets in self._data:
-            n = _batch_size(inputs)
-            if n == 0:
+            if batch_size(inputs) == 0:
+                continue
+            seen = True
+            weight = batch_size(inputs) if by_samples else self._weights(inputs, targets)
+            if weight == 0:
                 continue
             with repeatable(self.model), torch.enable_grad():
                 parts = one(inputs, targets)
             flat = torch.cat([part.detach().reshape(-1) for part in parts])
-            total = n * flat if total is None else total.add_(flat, alpha=n)
-            samples += n
-        if total is None:
+            share = 1.0 if adds else weight
+            total = share * flat if total is None else total.add_(flat, alpha=share)
+            whole += weight
+        if not seen:
             raise ValueError(
                 "data yields no samples: expected a pair (inputs, targets), or an iterable of such "
                 "that can be read again for each product, not an iterator"
             )
-        return total / samples
+        if total is None:
+            raise self._weights.no_target_counts()
+        return total if adds else total / whole
 
     @staticmethod
     def _grad(output: Any, inputs: list[Any], grad_outputs: Any = None, **kwargs: Any) -> list:
@@ -333,7 +344,8 @@ class HessianOperator(LossOperator):
 
     Args:
         model: any module; passes are made in its present mode, see `repeatable`.
-        loss_fn: `(output, target) -> scalar`, a mean over the batch.
+        loss_fn: `(output, target) -> scalar`, a mean over the batch; over several batches one of
+            torch's counts classes by their weights, no ignored targets, and adds up if it is a sum.
         data: one pair `(inputs, targets)`, or an iterable of such that can be iterated again.
         params: see `select_parameters`.
 
@@ -381,7 +393,7 @@ class HessianOperator(LossOperator):
         with repeatable(self.model):
             with torch.enable_grad():
                 for inputs, targets in self._data:
-                    if _batch_size(inputs):
+                    if batch_size(inputs):
                         self._held = self._differentiable_gradient(inputs, targets)
             try:
                 yield
@@ -399,7 +411,8 @@ class GGNOperator(LossOperator):
 
     Args:
         model: any module; its output may be any structure of tensors that `loss_fn` takes.
-        loss_fn: `(output, target) -> scalar`, a mean over the batch.
+        loss_fn: `(output, target) -> scalar`, a mean over the batch; over several batches one of
+            torch's counts classes by their weights, no ignored targets, and adds up if it is a sum.
         data: one pair `(inputs, targets)`, or an iterable of such that can be iterated again.
         params: see `select_parameters`.
 
@@ -489,7 +502,8 @@ class ResidualOperator(LossOperator):
 
     Args:
         model: any module; passes are made in its present mode, see `repeatable`.
-        loss_fn: `(output, target) -> scalar`, a mean over the batch.
+        loss_fn: `(output, target) -> scalar`, a mean over the batch; over several batches one of
+            torch's counts classes by their weights, no ignored targets, and adds up if it is a sum.
         data: one pair `(inputs, targets)`, or an iterable of such that can be iterated again.
         params: see `select_parameters`.
 
@@ -534,6 +548,12 @@ class EmpiricalFisherOperator(LossOperator):
         tensor([34.])
     """
 
+    def _times(self, v: list[Tensor]) -> Tensor:
+        def one(inputs: Any, targets: Any) -> list[Tensor]:
+            return self._product(inputs, targets, v)
+
+        return self._mean(one, by_samples=True)
+
     def _product(self, inputs: Any, targets: Any, v: list[Tensor]) -> list[Tensor]:
         params = list(self.params.values())
         terms = per_sample_loss(self.loss_fn)(call_model(self.model, inputs), targets)
@@ -560,14 +580,6 @@ def _check_twice_differentiable(tensors: Iterable[Tensor]) -> None:
             )
         seen.add(node)
         stack += [following for following, _ in node.next_functions]
-
-
-def _batch_size(inputs: Any) -> int:
-    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs  # pytrees know no other
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    if not tensors:
-        raise ValueError(f"inputs hold no tensor: {type(inputs).__name__}")
-    return len(tensors[0])
 
 
 def _differentiable(output: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:

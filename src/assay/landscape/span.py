@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from assay.functional import ParameterLayout, call_model, evaluating, running_norms
+from assay.functional.batches import batch_size
 from assay.functional.ensemble import plain_layers, run_chain
 from assay.functional.products import as_batches, pair_of
 from assay.landscape.evaluation import (
@@ -22,7 +23,6 @@ from assay.landscape.evaluation import (
     Outputs,
     Totals,
     at_points,
-    batch_size,
     call_with_tensors,
     evaluate,
     fitting_chunk,

@@ -21,12 +21,11 @@ from assay.functional import (
     evaluating,
     select_parameters,
 )
+from assay.functional.batches import BatchWeights, batch_size
 from assay.functional.ensemble import plain_layers, run_chain
 from assay.functional.products import Selection, as_batches, pair_of
 from assay.landscape.evaluation import (
     Batches,
-    BatchWeights,
-    batch_size,
     call_with_tensors,
     fitting_chunk,
     losses_at_points,
