@@ -118,11 +118,11 @@ CLAIMS = (
         "thermal-contrast-fluctuations",
         "Around the way of a noise-free descent, isotropic noise shows no inverse relation",
         paper="Einstein relation",
-        expect=at_least(0.3),
         unit="Spearman correlation of F and σ²",
         how=(
             "the same trajectory minus that of the same descent without noise, which is the drift; "
-            "Hessian directions"
+            "Hessian directions; thought of after thermal-contrast was measured, hence without a "
+            "threshold"
         ),
     ),
     Claim(
