@@ -15,6 +15,7 @@ from assay.curvature.chain import find_chain
 from assay.curvature.layout import Layout, candidates
 from assay.curvature.objective import Objective
 from assay.curvature.uses import CallUse, ConvUse, LinearUse, MergedUse, Use, Weight
+from assay.functional.graph import nodes_behind
 
 ROWS_AT_ONCE = 2048
 """Rows (samples times columns) of one matrix product; beyond that it gains no more."""
@@ -339,17 +340,8 @@ def _device(use: Use) -> torch.device:
 
 def _reached(loss: Tensor, outputs: list[Tensor]) -> set[int]:
     """Leaves of the graph that the loss depends on other than through these outputs, by id."""
-    seen: set[Any] = {output.grad_fn for output in outputs}
-    found: set[int] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found.add(id(getattr(node, "variable", None)))
-        stack += [child for child, _ in node.next_functions]
-    return found
+    behind = nodes_behind([loss], past=outputs)
+    return {id(getattr(node, "variable", None)) for node in behind}
 
 
 def _unseen(record: Record, loss: Tensor, params: dict[str, Tensor]) -> dict[str, str]:
@@ -362,20 +354,14 @@ def _unseen(record: Record, loss: Tensor, params: dict[str, Tensor]) -> dict[str
     places: Counter[Any] = Counter()
     leaves: dict[str, Any] = {}
     seen = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
+    for node in nodes_behind([loss]):
         seen.add(node)
         for child, _ in node.next_functions:
             if child is None:
                 continue
             places[child] += 1
             variable = getattr(child, "variable", None)
-            if variable is None:
-                stack.append(child)
-            elif id(variable) in names:
+            if id(variable) in names:
                 leaves[names[id(variable)]] = child
     known = Counter(record.appearances)
     found = {}

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from assay.functional.batches import BatchWeights
+
 SUPPORTED = "CrossEntropyLoss, MSELoss, BCEWithLogitsLoss (as modules or functions)"
 _FUNCTIONS: dict[Callable, type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,
@@ -151,8 +153,7 @@ class Likelihood:
         """What a mean divides by."""
         if target.is_floating_point():
             return output[:, 0].numel()
-        kept = target[target != self.loss.ignore_index]
-        return self._class_weights(output)[kept].sum().item()
+        return BatchWeights(self.loss)(output, target)
 
     def _class_weights(self, output: Tensor) -> Tensor:
         weight = self.loss.weight

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from assay.functional.batches import BatchWeights, batch_size
+from assay.functional.graph import nodes_behind
 from assay.functional.likelihood import per_sample_loss
 from assay.functional.parameters import ParameterLayout
 
@@ -569,17 +570,10 @@ def _check_twice_differentiable(tensors: Iterable[Tensor]) -> None:
     A backward pass marked `once_differentiable` ends in a node that raises when it is reached; but
     no path leads from it to the parameters, so it never is, and their derivative would be zero.
     """
-    seen, stack = set(), [tensor.grad_fn for tensor in tensors]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError(
-                "a function of the model is marked once_differentiable: it has no second derivative"
-            )
-        seen.add(node)
-        stack += [following for following, _ in node.next_functions]
+    if any(node.name() == "torch::autograd::Error" for node in nodes_behind(tensors)):
+        raise RuntimeError(
+            "a function of the model is marked once_differentiable: it has no second derivative"
+        )
 
 
 def _differentiable(output: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:

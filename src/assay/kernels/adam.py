@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from torch import Tensor
 
 from assay.kernels.threads import pointer, run_on_threads, take
@@ -170,16 +169,5 @@ def _run(updates: Sequence[AdamUpdate], number: type) -> None:
     numbers = np.array([values for _, values in chunks], dtype=number)
     job = np.array([0, len(chunks), integers.ctypes.data, numbers.ctypes.data], dtype=np.int64)
     small = sum(update.param.numel() for update in updates) < _PARALLEL
-    run_on_threads(_task(number), job.ctypes.data, 1 if small else torch.get_num_threads())
-
-
-@lru_cache
-def _task(number: type) -> Any:
-    """`_work` as C calls it on each thread; kept, since its code lives as long as it does."""
-    zero = number(0)
-
-    @cfunc(types.void(types.int64), cache=True)
-    def task(job_at):
-        _work(job_at, zero)
-
-    return task
+    threads = 1 if small else torch.get_num_threads()
+    run_on_threads(_work, job.ctypes.data, number(0), threads)

@@ -4,14 +4,12 @@ Individual gradients of a linear layer are outer products, as many numbers as sa
 writing them is all the work. An ordinary store reads the memory that it overwrites.
 """
 
-from functools import lru_cache
-from typing import Any
-
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from torch import Tensor
 
+from assay.kernels.tensors import NUMBERS, is_plain
 from assay.kernels.threads import (
     LINE,
     pointer,
@@ -28,8 +26,6 @@ LARGE = 1 << 25
 
 _CHUNK = 1 << 18
 """Bytes that a thread takes at a time."""
-
-_NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def outer_products_reference(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -62,25 +58,15 @@ def _rows(out_at, left_at, right_at, start, stop, rows, columns, width, zero):
 def _work(job_at, zero):
     """Take chunks of rows until there is none."""
     job = carray(pointer(job_at, types.int64(0)), 9)
+    out_at, left_at, right_at = job[1], job[2], job[3]
+    total, rows, columns, width, chunk = job[4], job[5], job[6], job[7], job[8]
     while True:
-        start = take(job_at) * job[8]
-        if start >= job[4]:
+        start = take(job_at) * chunk
+        if start >= total:
             break
-        stop = min(start + job[8], job[4])
-        _rows(job[1], job[2], job[3], start, stop, job[5], job[6], job[7], zero)
+        stop = min(start + chunk, total)
+        _rows(out_at, left_at, right_at, start, stop, rows, columns, width, zero)
     stream_fence()
-
-
-@lru_cache
-def _task(number: type) -> Any:
-    """`_work` as C calls it on each thread; kept, since its code lives as long as it does."""
-    zero = number(0)
-
-    @cfunc(types.void(types.int64), cache=True)
-    def task(job_at):
-        _work(job_at, zero)
-
-    return task
 
 
 def outer_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -101,8 +87,8 @@ def outer_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     if (
         out.numel() * out.element_size() < LARGE
         or torch.compiler.is_compiling()
-        or not all(map(_plain, tensors))
-        or len({x.dtype for x in tensors}) > 1
+        or not all(map(is_plain, tensors))
+        or any(x.requires_grad or x.dtype != out.dtype for x in tensors)
     ):
         return outer_products_reference(left, right, out)
     _, rows, columns = out.shape
@@ -117,16 +103,5 @@ def outer_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     )  # fmt: skip
     # The kernel writes behind autograd's back: a graph that saved the result must notice.
     torch.autograd.graph.increment_version(out)
-    run_on_threads(_task(_NUMBERS[out.dtype]), job.ctypes.data, torch.get_num_threads())
+    run_on_threads(_work, job.ctypes.data, NUMBERS[out.dtype](0), torch.get_num_threads())
     return out
-
-
-def _plain(x: Tensor) -> bool:
-    return (
-        type(x) is Tensor  # fake ones have no memory
-        and x.device.type == "cpu"
-        and x.dtype in _NUMBERS
-        and x.is_contiguous()
-        and not x.requires_grad
-        and x.data_ptr() % x.element_size() == 0  # lines hold whole numbers
-    )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import types
+from numba import cfunc, types
 from numba.extending import intrinsic
 
 __all__ = ["LINE", "pointer", "run_on_threads", "stream_fence", "stream_scaled", "take"]
@@ -85,34 +85,47 @@ def stream_fence(typingctx):
     return types.void(), build
 
 
-def run_on_threads(task: Any, at: int, threads: int) -> None:
+def run_on_threads(work: Callable[..., None], at: int, zero: Any, threads: int) -> None:
     """Call a compiled function on several threads at once, and wait for all.
 
     They are torch's own threads where torch runs on OpenMP: those spin for a while after their
     last work, on the cores that threads of another pool would need. No lock is held meanwhile.
 
     Args:
-        task: made by `numba.cfunc` for one 64-bit integer.
-        at: that integer: the address of the job.
+        work: made by `numba.njit(nogil=True)`, takes `at` and `zero`.
+        at: the address of the job.
+        zero: 0 of the type of number that it works on.
         threads: how many.
     """
     if threads < 2:
-        task.ctypes(at)
+        work(at, zero)
         return
     openmp = _openmp_of_torch()
     if openmp is not None:
         openmp(
-            ctypes.c_void_p(task.address),
+            ctypes.c_void_p(_task(work, type(zero)).address),
             ctypes.c_void_p(at),
             ctypes.c_uint(threads),
             ctypes.c_uint(0),
         )
         return
     with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(task.ctypes, at) for _ in range(threads - 1)]
-        task.ctypes(at)
+        others = [pool.submit(work, at, zero) for _ in range(threads - 1)]
+        work(at, zero)
     for other in others:
         other.result()
+
+
+@lru_cache
+def _task(work: Callable[..., None], number: type) -> Any:
+    """A function as C calls it on each thread; kept, since its code lives as long as it does."""
+    zero = number(0)
+
+    @cfunc(types.void(types.int64))
+    def task(job_at):
+        work(job_at, zero)
+
+    return task
 
 
 @lru_cache

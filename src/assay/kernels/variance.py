@@ -3,11 +3,10 @@
 import torch
 from numba import njit
 from torch import Tensor
-from torch.nn import Parameter
+
+from assay.kernels.tensors import is_plain
 
 __all__ = ["variance", "variance_reference"]
-
-_DTYPES = (torch.float32, torch.float64)
 
 
 def variance_reference(
@@ -38,21 +37,15 @@ def variance(
     torch.
 
     Args:
-        second: E g².
+        second: E g², of any shape.
         mean: E g, of the same shape.
         share: of E g² that must be left at every entry.
-        out: where to write, if not to a new tensor.
+        out: where to write, of the same shape, if not to a new tensor.
     """
     found = torch.empty_like(second) if out is None else out
     tensors = (second, mean, found)
-    if torch.compiler.is_compiling() or not all(map(_plain, tensors)):
+    if torch.compiler.is_compiling() or not all(map(is_plain, tensors)):
         return variance_reference(second, mean, share, out)
     out_, second_, mean_ = (tensor.detach().view(-1).numpy() for tensor in (found, second, mean))
     torch.autograd.graph.increment_version(found)
     return found, _variance(out_, second_, mean_, out_.dtype.type(share))
-
-
-def _plain(x: Tensor) -> bool:
-    # Fake tensors and the like have no memory.
-    known = type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.dtype in _DTYPES
-    return known and x.is_contiguous()

@@ -10,9 +10,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-__all__ = ["weighted_sum", "weighted_sum_reference"]
+from assay.kernels.tensors import is_plain
 
-_DTYPES = (torch.float32, torch.float64)
+__all__ = ["weighted_sum", "weighted_sum_reference"]
 
 
 def weighted_sum_reference(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -47,7 +47,7 @@ def weighted_sum(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """
     first = vectors[0]
     kernel = {2: _sum_of_two}.get(len(vectors), _sum_of_three)
-    if len(vectors) < 2 or torch.compiler.is_compiling() or not all(map(_plain, vectors)):
+    if len(vectors) < 2 or torch.compiler.is_compiling() or not all(map(is_plain, vectors)):
         return weighted_sum_reference(vectors, weights)
     total = torch.empty_like(first)
     arrays = [vector.detach().numpy() for vector in vectors[:3]]
@@ -56,7 +56,3 @@ def weighted_sum(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for vector, weight in zip(vectors[3:], weights[3:], strict=True):
         total.add_(vector, alpha=weight)
     return total
-
-
-def _plain(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _DTYPES and x.is_contiguous()

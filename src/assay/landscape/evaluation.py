@@ -152,6 +152,8 @@ def evaluate(
         >>> evaluate(line, weights, {"train": [(x, 2 * x)]}, loss_fn=mse)["train"].loss
         tensor([2.5000, 0.0000, 2.5000], dtype=torch.float64)
     """
+    layout = ParameterLayout.of(model)
+    chunk_size = fitting_chunk(chunk_size, layout.numel)
     sets = {name: as_batches(of_set) for name, of_set in batches.items()}
     recompute = update_bn and bool(running_norms(model))
     bn_batches = sets.get("train") if bn_batches is None else _for_statistics(bn_batches)
@@ -162,11 +164,9 @@ def evaluate(
             "update_bn=False to keep them"
         )
     if recompute or any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        chunk_size = min(chunk_size, 1)
+        chunk_size = 1
     # A copy, so that an interrupted evaluation leaves no trace in the user's model.
     model = copy.deepcopy(model).eval()
-    layout = ParameterLayout.of(model)
-    chunk_size = fitting_chunk(chunk_size, layout.numel)
     totals = {name: Totals(loss_fn) for name in sets}
     remaining = iter(points)
     while chunk := list(islice(remaining, chunk_size)):

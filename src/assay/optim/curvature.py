@@ -81,7 +81,7 @@ class _CurvatureOptimizer(Optimizer):
     def _divide(self, state: dict[str, Any], gradient: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
 
         Args:
