@@ -219,6 +219,44 @@ def test_kfac_reduce_averages_positions_first():
     assert largest_error({k: f.to_dense() for k, f in found.items()}, blocks) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"groups": 2},
+        {"stride": (2, 1), "padding": 1},
+        {"dilation": (1, 2), "padding": 2},
+        {"groups": 2, "stride": 2, "padding": 1, "dilation": 2},
+    ],
+    ids="-".join,
+)
+def test_factors_of_a_convolution_are_those_of_its_patches(settings):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(4, 6, 3, **settings)
+    groups = convolution.groups
+    x, y = torch.randn(3, 4, 7, 6).double(), torch.tensor([0, 2, 1])
+    hidden = convolution(x.float()).flatten(1).shape[1]
+    model = nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.Linear(hidden, 3)).double()
+    found = compute(model, LOSS, x, y, ["kflr"])["kflr"]["0.weight"]
+
+    how = {name: getattr(convolution, name) for name in ("stride", "padding", "dilation")}
+    patches = F.unfold(x, 3, **how).unflatten(1, (groups, -1))
+    z = convolution(x)
+    logits = model[1:](z)
+    p = logits.detach().softmax(1)
+    # Columns of a root of diag p − ppᵀ, and what they are at the convolution's output.
+    root = p.sqrt().diag_embed() - p.unsqueeze(2) * p.sqrt().unsqueeze(1)
+    columns = [
+        torch.autograd.grad(logits, z, column, retain_graph=True)[0] for column in root.unbind(2)
+    ]
+    V = torch.stack(columns).flatten(3).unflatten(2, (groups, -1))
+    positions = V.shape[-1]
+    A = torch.einsum("ngit,ngjt->gij", patches, patches) / len(x)
+    B = torch.einsum("kngit,kngjt->gij", V, V) / (len(x) * positions)
+    assert found.grads_left
+    torch.testing.assert_close(found.left, B)
+    torch.testing.assert_close(found.right, A)
+
+
 def test_curvature_on_some_of_the_samples():
     model, x, y = make("residual")
     index = torch.tensor([2, 0])

@@ -776,7 +776,9 @@ class PlaneModel(nn.Module):
     def skewness(self) -> Tensor:
         """(u·r)² + (‖u‖ − ‖r‖)², to be added to the loss where axes are not made orthogonal.
 
-        Skorokhodov and Burtsev multiply it by 10.
+        Returns:
+            A scalar, differentiable in all three weight vectors; Skorokhodov and Burtsev, 2019,
+            multiply it by 10.
         """
         u, r = self.axes()
         return (u @ r).square() + (u.norm() - r.norm()).square()
